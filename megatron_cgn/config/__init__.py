@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses, their rules, and loading them from Hydra."""

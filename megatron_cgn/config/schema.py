@@ -1,0 +1,176 @@
+"""Every setting of a run: its name, type, default and meaning. No rules, no loading.
+
+Rules that span fields live in `validate.py`; reading YAML and overrides in `load.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["bf16", "fp16", "fp32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it starts."""
+
+    hf_path: str | None = None
+    """Hugging Face directory: ``config.json``, tokenizer and (for ``init=from_hf``) weights."""
+    init: Literal["from_hf", "random"] = "from_hf"
+    """``from_hf`` loads the directory's weights; ``random`` draws them from the seed."""
+    backend: Literal["auto", "native", "te"] = "auto"
+    """Layers: ``te`` (Transformer Engine), ``native`` (PyTorch), or TE where it can run."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model and the batch are laid out over processes."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share every weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Processes that share the layers, in consecutive stages."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks a pipeline stage holds (interleaved schedule); None for one chunk."""
+    context_parallel_size: int = 1
+    """Processes that share each sequence."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP over the tensor-parallel group."""
+    distributed_optimizer: bool = True
+    """Share optimizer state over the data-parallel group (ZeRO-1)."""
+    overlap_p2p_comm: bool | None = None
+    """Overlap pipeline communication with compute. None: on exactly when interleaved."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass already runs."""
+    timeout_minutes: float = 30.0
+    """How long a collective may wait for a rank before the run is stopped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """One source of training documents."""
+
+    name: str
+    """Name used in metrics, e.g. ``domain``."""
+    path: str
+    """Prefix of a ``.bin``/``.idx`` pair written by ``tools/preprocess_data.py``."""
+    weight: float = 1.0
+    """Share of training tokens, relative to the other sources' weights."""
+    validation_path: str | None = None
+    """Prefix of a held-out pair. None: the last ``data.validation_fraction`` of documents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Sources of training documents."""
+    seq_length: int = 4096
+    """Tokens of one training sequence."""
+    validation_fraction: float = 0.0
+    """Share of each source's documents held out where it has no ``validation_path``."""
+    cache_dir: str | None = None
+    """Where shuffled indices are cached. None: ``output_dir/cache``."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How long, in which portions."""
+
+    micro_batch_size: int = 1
+    """Sequences of one forward pass on one rank."""
+    global_batch_size: int = 8
+    """Sequences of one optimizer step over all ranks."""
+    train_iters: int | None = None
+    """Optimizer steps. Exactly one of ``train_iters`` and ``epochs`` is given."""
+    epochs: float | None = None
+    """Passes over the training tokens (of all sources together)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, core attention, whole layers."""
+    validation_interval_steps: int | None = None
+    """Steps between validations. None: only before the first and after the last step."""
+    validation_sequences: int | None = None
+    """Held-out sequences scored per source. None: all of them."""
+    log_interval_steps: int = 1
+    """Steps between lines of ``metrics.jsonl``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    min_lr: float = 5e-6
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to ``lr``."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Decay after the warm-up. ``wsd``: constant, then ``decay_steps`` of linear decay."""
+    decay_steps: int | None = None
+    """Steps of the final decay; only for ``wsd``."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: float = 0.95
+    """Decay of the squared gradient's running mean."""
+    adam_eps: float = 1e-8
+    """Added to the root of the running squared gradient."""
+    clip_grad: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+    initial_loss_scale: float = 65536.0
+    """First loss scale of ``precision=fp16``; it adapts from there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept so that a run can go on."""
+
+    dir: str | None = None
+    """Where checkpoints go. None: ``output_dir/checkpoints``."""
+    interval_steps: int | None = None
+    """Steps between checkpoints. None: only the last step."""
+    keep_last: int | None = None
+    """How many checkpoints are kept. None: all."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """``auto`` goes on from the latest checkpoint if there is one; ``required`` insists."""
+    save_optimizer: bool = True
+    """Whether checkpoints hold optimizer state (needed to go on training exactly)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """The Hugging Face directory written after training."""
+
+    enabled: bool = True
+    """Whether to write ``output_dir/export`` after the last step."""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the exported weights. ``auto``: the type named in the source ``config.json``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run of ``train.py``."""
+
+    stage: str | None = None
+    """The training stage, chosen with ``+stage=cpt``."""
+    output_dir: str = "runs/default"
+    """Where everything the run writes goes."""
+    seed: int = 1234
+    """Seed of initialisation, data order and dropout."""
+    precision: Precision = "bf16"
+    """Arithmetic of the forward and backward pass; the optimizer is always FP32."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,1 @@
+"""The model: architecture, native layers, and building a Megatron-Core `GPTModel`."""
