@@ -1,0 +1,1 @@
+"""Processes, groups, seeds and reductions; the only package that reads Megatron's global state."""

@@ -1,0 +1,40 @@
+"""Silence, at their source, the warnings of dependencies that a user can do nothing about.
+
+Every entry names one message and says why it means nothing here. Nothing else is hidden:
+standard error stays as it is, and other warnings of the same modules still show.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+
+_WARNINGS = (
+    # Running without Transformer Engine and Apex is a supported choice, stated once by our log.
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed",
+    # Megatron-Core imports these for every model; we use neither.
+    r"MimoModelConfig is experimental",
+    r"full scope is deprecated. Use empty cuda_graph_modules",
+    # Only useful with CUDA, where `parallel/state.py` sets the variable.
+    r"When using async grad allreduce it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
+)
+
+_LOG_MESSAGES = {
+    # GPTModel stays until its successor is stable: docs/adr/0002-gptmodel.md.
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # A CUDA toolkit without a GPU is no fault.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+}
+
+
+def quiet_dependencies() -> None:
+    """Install the filters. Entry points call it before they import Megatron-Core."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, message in _LOG_MESSAGES.items():
+        logging.getLogger(name).addFilter(_without(message))
+
+
+def _without(text: str) -> Callable[[logging.LogRecord], bool]:
+    """Return a logging filter that drops records containing `text`."""
+    return lambda record: text not in record.getMessage()

@@ -1,0 +1,147 @@
+"""Tools for tests: gloo processes, tiny models, named tolerances.
+
+Not imported by the package itself.
+"""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+FP32_PARALLEL_RTOL = 1e-5
+"""Two layouts of one FP32 computation: sums in another order, over at most ten steps."""
+HF_LOGITS_ATOL = 1e-4
+"""FP32 logits against `transformers`: other kernels, the same equations."""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that is free now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_distributed(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 300.0,
+) -> list[Any]:
+    """Run ``function(*args)`` in `world_size` fresh processes that see each other over gloo.
+
+    The environment is what ``torchrun`` would set; the function itself joins, e.g. through
+    `megatron_cgn.parallel.state.initialize_parallel`.
+
+    Args:
+        function: A module-level function; its return value must be picklable.
+        world_size: Number of processes.
+        *args: Passed to every process.
+        timeout_s: Processes alive after this many seconds are ended and the call fails.
+
+    Returns:
+        The ranks' return values, in rank order.
+
+    Raises:
+        RuntimeError: With the traceback of every rank that failed.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_child, args=(rank, world_size, port, function, args, results))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    answers: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    try:
+        while len(answers) + len(failures) < world_size and not failures:
+            rank, ok, value = results.get(timeout=timeout_s)
+            (answers if ok else failures)[rank] = value
+    finally:
+        for process in processes:
+            process.join(timeout=5.0 if failures or len(answers) < world_size else timeout_s)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    if failures:
+        raise RuntimeError("\n".join(f"rank {r}:\n{text}" for r, text in failures.items()))
+    return [answers[rank] for rank in range(world_size)]
+
+
+def _child(
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    results: Any,
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    try:
+        results.put((rank, True, function(*args)))
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def tiny_hf_model(path: str | Path, family: str = "llama", **overrides: Any) -> Path:
+    """Write a random, tiny Hugging Face model of a family.
+
+    Args:
+        path: Directory to write ``config.json`` and ``model.safetensors`` into.
+        family: ``llama``, ``mistral``, ``qwen2`` or ``qwen3``.
+        **overrides: Fields of the Hugging Face configuration.
+
+    Returns:
+        The directory.
+    """
+    import transformers
+
+    fields: dict[str, Any] = dict(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        torch_dtype="float32",
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    if family == "qwen3":
+        fields["head_dim"] = 32
+    if family == "mistral":
+        fields["sliding_window"] = None
+    fields.update(overrides)
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    config = getattr(transformers, f"{names[family]}Config")(**fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = getattr(transformers, f"{names[family]}ForCausalLM")(config)
+        # Larger than the usual 0.02 and no ones or zeros: errors must not hide.
+        for parameter in model.parameters():
+            parameter.data.normal_(0.0, 0.08).add_(1.0 if parameter.dim() == 1 else 0.0)
+    directory = Path(path)
+    model.to(torch.float32).save_pretrained(directory)
+    return directory
