@@ -1,0 +1,1 @@
+"""Tokenizers: wrapping, chat templates and vocabulary extension."""
