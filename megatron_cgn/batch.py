@@ -3,9 +3,14 @@
 Shapes: B sequences, S tokens. Every field is a tensor on the device of the model.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
+import torch
 from torch import Tensor
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,3 +31,38 @@ class TokenBatch:
     loss_mask: Tensor
     position_ids: Tensor
     cu_seqlens: Tensor | None = None
+
+
+def to_device(batch: B, device: torch.device) -> B:
+    """Move every tensor of a batch.
+
+    Args:
+        batch: Any dataclass of tensors.
+        device: Where to.
+
+    Returns:
+        A new batch of the same type.
+    """
+    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def map_sequences(batch: B, function: Callable[[Tensor], Tensor]) -> B:
+    """Apply a function to every tensor that has a sequence dimension (two or more dimensions).
+
+    Args:
+        batch: Any dataclass of tensors.
+        function: From ``[B, S, …]`` to ``[B, S', …]``.
+
+    Returns:
+        A new batch of the same type.
+    """
+    return _map(batch, lambda tensor: function(tensor) if tensor.dim() >= 2 else tensor)
+
+
+def _map(batch: B, function: Callable[[Tensor], Tensor]) -> B:
+    changed = {
+        f.name: function(value)
+        for f in fields(batch)  # type: ignore[arg-type]
+        if isinstance(value := getattr(batch, f.name), Tensor)
+    }
+    return replace(batch, **changed)  # type: ignore[type-var]

@@ -1,0 +1,1 @@
+"""Losses and nothing else: what to feed the model, and what its output is worth."""

@@ -1,0 +1,53 @@
+"""Next-token prediction: continual pre-training and SFT differ only in labels and mask."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_cgn.batch import TokenBatch
+from megatron_cgn.objectives.base import ForwardArgs, LossOutput
+
+
+class NextToken:
+    r"""Cross-entropy of the next token.
+
+    .. math:: L = -\frac{\sum_i m_i \log p(y_i \mid x_{\le i})}{\sum_i m_i}
+
+    with labels :math:`y`, and mask :math:`m` from `TokenBatch.loss_mask`; the sums run over
+    the whole global batch.
+    """
+
+    unit: Literal["token"] = "token"
+
+    def forward_args(self, batch: TokenBatch) -> ForwardArgs:
+        """Ask the model for the per-token negative log-likelihood.
+
+        Args:
+            batch: Sequences, ``[B, S]``.
+
+        Returns:
+            Arguments with labels.
+        """
+        return ForwardArgs(
+            tokens=batch.tokens,
+            position_ids=batch.position_ids,
+            labels=batch.labels,
+            cu_seqlens=batch.cu_seqlens,
+        )
+
+    def loss(self, output: Tensor, batch: TokenBatch) -> LossOutput:
+        """Sum the negative log-likelihood where the mask counts.
+
+        Args:
+            output: Per-token negative log-likelihood, ``[B, S]`` (this rank's part of S under
+                context parallelism).
+            batch: The same batch as in `forward_args`, cut the same way.
+
+        Returns:
+            Sum and number of counted tokens.
+        """
+        mask = batch.loss_mask.float()
+        # Not nll * mask: an infinite loss of a token that does not count would become NaN.
+        nll = torch.where(mask > 0, output.float(), 0.0) * mask
+        return LossOutput(loss_sum=nll.sum(), count=mask.sum().to(torch.int))

@@ -1,0 +1,53 @@
+"""Reduce sums and counts over the processes that hold a share of them."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_cgn.parallel import cpu
+from megatron_cgn.parallel.state import ParallelState
+
+
+def sum_over_data(values: Tensor, state: ParallelState) -> Tensor:
+    """Sum over data- and context-parallel ranks, as known to the last pipeline stage.
+
+    Collective over all ranks; every rank must call with the same shape. Earlier pipeline stages
+    pass zeros and receive the last stage's sums.
+
+    Args:
+        values: Sums and counts, any shape; float64.
+        state: This process's place in the layout.
+
+    Returns:
+        The sums, equal on every rank.
+    """
+    total = values.to(cpu.device()).clone()
+    if state.is_last_stage:
+        dist.all_reduce(total, group=state.groups.dp_cp)
+    dist.broadcast(total, src=state.loss_rank, group=state.groups.pp)
+    return total
+
+
+def any_rank(flag: bool) -> bool:  # noqa: FBT001 - the flag is the argument
+    """Whether any rank says yes. Collective over all ranks."""
+    answer = torch.tensor(int(flag), dtype=torch.int32, device=cpu.device())
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer.item())
+
+
+def spread(values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value of each name over all ranks. Collective over all ranks.
+
+    Args:
+        values: The same names on every rank.
+
+    Returns:
+        ``(min, max)`` by name.
+    """
+    local = torch.tensor(list(values.values()), dtype=torch.float64, device=cpu.device())
+    low, high = local.clone(), local.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    return {k: (float(low[i]), float(high[i])) for i, k in enumerate(values)}
