@@ -1,0 +1,1 @@
+"""Hugging Face directories: read, load into Megatron-Core models, export, convert."""

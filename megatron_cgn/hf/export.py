@@ -1,0 +1,323 @@
+"""Write a Megatron model as a Hugging Face directory, tensor by tensor.
+
+Each pipeline stage's first tensor-parallel rank gathers one parameter at a time, takes it apart
+into Hugging Face tensors and puts those at their planned places in the stage's own files. So no
+rank ever holds more than its own share and one parameter. A model that fits one file is written
+by the first stage, to which the others send.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_cgn.errors import ModelError
+from megatron_cgn.hf.config import read_config_json
+from megatron_cgn.hf.families import Parameter
+from megatron_cgn.hf.files import (
+    check_free_space,
+    copy_side_files,
+    disk_fault,
+    replace_directory,
+    work_directory,
+    write_json,
+)
+from megatron_cgn.hf.load import model_parameters
+from megatron_cgn.hf.safetensors_io import (
+    INDEX_FILE,
+    ShardPlan,
+    ShardWriter,
+    TensorTypes,
+    index_json,
+    plan_shards,
+)
+from megatron_cgn.model.architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+ExportDtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+DEFAULT_MAX_SHARD_BYTES = 5 * 10**9
+"""Size of one safetensors file, as `transformers` has it."""
+
+_NAMED_DTYPES: Mapping[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@torch.no_grad()
+def export_weights(
+    model_chunks: Sequence[nn.Module],
+    out_dir: str | Path,
+    *,
+    architecture: Architecture,
+    source_dir: str | Path,
+    groups: ProcessGroupCollection,
+    dtype: ExportDtype = "auto",
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face directory. Collective over tp and pp; every rank may call.
+
+    Only ranks 0 of the data- and context-parallel groups take part; the others return at once.
+    The directory appears when it is complete; one that exists is replaced only then. All files
+    are written to one file system that every pipeline stage sees.
+
+    Args:
+        model_chunks: This rank's ``GPTModel`` chunks, possibly wrapped.
+        out_dir: The directory to write.
+        architecture: The model.
+        source_dir: The Hugging Face directory that configuration and tokenizer come from.
+        groups: Process groups; ``tp``, ``pp``, ``mp`` and ``dp_cp`` are used.
+        dtype: Type of the weights; ``auto`` is the one named in the source's ``config.json``,
+            or else the parameters' own.
+        max_shard_bytes: Largest size of one file.
+
+    Raises:
+        ModelError: On every rank alike, if the source cannot be read or the disk refuses.
+    """
+    if groups.dp_cp.rank() != 0:
+        return
+    config = read_config_json(source_dir)
+    target, source, first = Path(out_dir), Path(source_dir), groups.mp.rank() == 0
+    parameters = list(_exported(model_chunks, architecture))
+    stages = _stage_tensors(parameters, groups, resolve_dtype(dtype, config))
+    plans = plan_shards(stages, max_shard_bytes=max_shard_bytes)
+    work: Path | None = None
+    try:
+        with _collected_faults(target) as faults:
+            if first:
+                needed = sum(plan.num_bytes for plan in plans)
+                check_free_space(target, needed, error=ModelError)
+                work = work_directory(target)
+                write_side_files(work, source, config, architecture, stages=stages, plans=plans)
+        shared = _agree(groups, faults, work)
+        assert shared is not None
+        writer = _StageWriter(shared, stages, plans, groups)
+        for parameter, weight in parameters:
+            if shares := _gather(weight, groups.tp):
+                writer.take(_hf_tensors(parameter, shares))
+        with _collected_faults(target) as faults:
+            writer.finish()
+        _agree(groups, faults)
+        with _collected_faults(target) as faults:
+            if work is not None:
+                replace_directory(work, target)
+        _agree(groups, faults)
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def resolve_dtype(name: ExportDtype, config: Mapping[str, Any]) -> torch.dtype | None:
+    """The type to write weights in, or None for the type they have.
+
+    Args:
+        name: The user's choice.
+        config: The source's ``config.json``.
+
+    Returns:
+        The type.
+    """
+    if name != "auto":
+        return _NAMED_DTYPES[name]
+    return _NAMED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
+
+
+def write_side_files(
+    directory: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    *,
+    stages: Sequence[TensorTypes],
+    plans: Sequence[ShardPlan],
+) -> None:
+    """Write everything of a Hugging Face directory except the weights.
+
+    Args:
+        directory: Where to.
+        source: Directory to copy tokenizer, generation settings and licences from.
+        config: The source's ``config.json``; type and vocabulary size are brought up to date.
+        architecture: The model.
+        stages: Types and shapes of the tensors, by writer.
+        plans: The weight files.
+    """
+    copy_side_files(source, directory)
+    dtypes = [dtype for stage in stages for dtype, _ in stage.values()]
+    common = max(set(dtypes), key=dtypes.count)
+    # Written under the name the source has, so that its readers find it.
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"
+    written = dict(config) | {
+        "vocab_size": architecture.vocab_size,
+        field: str(common).removeprefix("torch."),
+    }
+    write_json(directory / "config.json", written)
+    if len(plans) > 1:
+        (directory / INDEX_FILE).write_text(index_json(plans), encoding="utf-8")
+
+
+def _exported(
+    model_chunks: Sequence[nn.Module], architecture: Architecture
+) -> Iterator[tuple[Parameter, Tensor]]:
+    """This rank's parameters, without a tied output layer's copy of the embedding."""
+    seen = set()
+    first_stage = any(
+        name.endswith("embedding.word_embeddings.weight")
+        for chunk in model_chunks
+        for name, _ in chunk.named_parameters()
+    )
+    for parameter, weight in model_parameters(model_chunks, architecture):
+        copy = parameter.key == "embedding.word_embeddings.weight" and not first_stage
+        if not copy and (parameter.layer, parameter.key) not in seen:
+            seen.add((parameter.layer, parameter.key))
+            yield parameter, weight
+
+
+def _stage_tensors(
+    parameters: Sequence[tuple[Parameter, Tensor]],
+    groups: ProcessGroupCollection,
+    dtype: torch.dtype | None,
+) -> list[TensorTypes]:
+    """Types and shapes of every pipeline stage's Hugging Face tensors. Collective over pp."""
+    mine = {
+        name: (dtype or weight.dtype, shape)
+        for parameter, weight in parameters
+        for name, shape in parameter.hf_shapes().items()
+    }
+    stages: list[Any] = [None] * groups.pp.size()
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    return stages
+
+
+@contextlib.contextmanager
+def _collected_faults(target: Path) -> Iterator[list[str]]:
+    """Collect one rank's faults as messages, for all ranks to agree on."""
+    faults: list[str] = []
+    try:
+        yield faults
+    except OSError as fault:
+        faults.append(disk_fault(target, fault))
+    except ModelError as fault:
+        faults.append(str(fault))
+
+
+def _agree(
+    groups: ProcessGroupCollection, faults: Sequence[str], work: Path | None = None
+) -> Path | None:
+    """Raise on every rank what went wrong on any. Collective over mp.
+
+    Returns:
+        The first rank's `work`.
+    """
+    answers: list[Any] = [None] * groups.mp.size()
+    dist.all_gather_object(answers, (work, *faults), group=groups.mp)
+    messages = [message for _, *messages in answers for message in messages]
+    if messages:
+        raise ModelError(messages[0])
+    path: Path | None = answers[0][0]
+    return path
+
+
+def _gather(weight: Tensor, tp: dist.ProcessGroup) -> list[Tensor]:
+    """Every tensor-parallel rank's share, on rank 0; nothing elsewhere. Collective over tp."""
+    local = weight.detach().contiguous()
+    if tp.size() == 1:
+        return [local]
+    shares = [torch.empty_like(local) for _ in range(tp.size())] if tp.rank() == 0 else None
+    dist.gather(local, shares, group=tp, group_dst=0)
+    return shares or []
+
+
+def _hf_tensors(parameter: Parameter, shares: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Take one gathered parameter apart into Hugging Face tensors, on its device."""
+    if parameter.tp_dim is None:
+        shares = shares[:1]
+    result = {name: shares[0].new_empty(shape) for name, shape in parameter.hf_shapes().items()}
+    for tp_rank, share in enumerate(shares):
+        pieces = parameter.pieces(
+            tp_rank=tp_rank, tp_size=len(shares), padded_vocab_size=share.shape[0] * len(shares)
+        )
+        for piece in pieces:
+            rows = result[piece.name][piece.rows]
+            rows = rows if piece.columns is None else rows[:, piece.columns]
+            rows.copy_(share[piece.local_rows])
+    yield from result.items()
+
+
+class _StageWriter:
+    """Puts tensors into the planned files, or sends them to the stage that writes them.
+
+    Faults of the disk are kept until `finish`, so that collectives stay in step.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        stages: Sequence[TensorTypes],
+        plans: Sequence[ShardPlan],
+        groups: ProcessGroupCollection,
+    ) -> None:
+        self._work = work
+        self._stages = stages
+        self._pp = groups.pp
+        self._is_writer = groups.tp.rank() == 0
+        self._sends = len(plans) == 1 and groups.pp.rank() > 0
+        self._plans = {name: plan for plan in plans for name in plan.offsets}
+        self._open: dict[str, ShardWriter] = {}
+        self._left = {plan.file_name: len(plan.offsets) for plan in plans}
+        self._device = torch.device("cpu")
+        self._fault: OSError | None = None
+
+    def take(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Write or send this stage's tensors."""
+        types = self._stages[self._pp.rank()]
+        for name, tensor in tensors:
+            self._device = tensor.device
+            tensor = tensor.to(types[name][0])
+            if self._sends:
+                dist.send(tensor, group=self._pp, group_dst=0)
+            else:
+                self._write(name, tensor)
+
+    def finish(self) -> None:
+        """Receive what other stages send, and close the files.
+
+        Raises:
+            OSError: The first fault of the disk.
+        """
+        if self._is_writer and len(self._left) == 1 and self._pp.rank() == 0:
+            for stage, types in enumerate(self._stages[1:], start=1):
+                for name, (dtype, shape) in types.items():
+                    tensor = torch.empty(shape, dtype=dtype, device=self._device)
+                    dist.recv(tensor, group=self._pp, group_src=stage)
+                    self._write(name, tensor)
+        for file in self._open.values():
+            file.close()
+        if self._fault is not None:
+            raise self._fault
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        if self._fault is not None:
+            return
+        plan = self._plans[name]
+        try:
+            if plan.file_name not in self._open:
+                self._open[plan.file_name] = ShardWriter(self._work, plan)
+            self._open[plan.file_name].write(name, tensor.cpu().contiguous())
+            self._left[plan.file_name] -= 1
+            if not self._left[plan.file_name]:
+                self._open.pop(plan.file_name).close()
+        except OSError as fault:
+            self._fault = fault

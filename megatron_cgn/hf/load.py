@@ -1,0 +1,171 @@
+"""Fill a built Megatron model from safetensors, in place, whatever its layout.
+
+Every rank reads only what its own parameters are made of, one block of rows at a time, straight
+from the mapped files into the parameters: beyond the model itself a rank needs no memory.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from megatron_cgn.errors import ModelError
+from megatron_cgn.hf.families import (
+    LAYER_PREFIX,
+    Parameter,
+    hf_shapes,
+    module_spelling,
+    parameter_table,
+)
+from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
+from megatron_cgn.model.architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 64 * 2**20
+"""Bytes of a file that are in memory at once while they are copied."""
+
+
+def load_weights(
+    model_chunks: Sequence[nn.Module],
+    path: str | Path,
+    *,
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+) -> None:
+    """Fill a model's parameters from a Hugging Face directory, in place.
+
+    Not collective, but every rank checks every header, so that a faulty directory is refused
+    on all ranks alike. Values are cast to the parameters' types; padding rows become zero.
+
+    Args:
+        model_chunks: This rank's ``GPTModel`` chunks (one, or one per virtual pipeline stage),
+            possibly wrapped.
+        path: Hugging Face directory with safetensors.
+        architecture: What `read_architecture` says of it.
+        groups: Process groups; ``tp`` is used.
+
+    Raises:
+        ModelError: If a file or tensor is missing, truncated, of a wrong shape or unexpected,
+            naming file and tensor.
+    """
+    source = open_weights(path, architecture)
+    tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
+    for parameter, weight in model_parameters(model_chunks, architecture):
+        _fill(weight, parameter, source, tp_rank=tp_rank, tp_size=tp_size)
+
+
+def open_weights(path: str | Path, architecture: Architecture) -> SafetensorsDirectory:
+    """Open a directory's safetensors and check that they are exactly an architecture's.
+
+    Args:
+        path: Hugging Face directory.
+        architecture: What its weights shall be.
+
+    Returns:
+        The opened directory.
+
+    Raises:
+        ModelError: If a tensor is missing, unexpected, or of a wrong shape, or a file is
+            missing or truncated.
+    """
+    source = SafetensorsDirectory(path)
+    expected = hf_shapes(architecture)
+    for name, shape in expected.items():
+        if name not in source.places:
+            raise ModelError(f"{source.path}: tensor {name!r} of shape {shape} is missing")
+        place = source.places[name]
+        if place.shape != shape:
+            raise ModelError(
+                f"{place.file}: tensor {name!r} has shape {place.shape}, but config.json says "
+                f"{shape}"
+            )
+    for name in sorted(source.places.keys() - expected.keys()):
+        if _is_redundant(name, architecture):
+            logger.debug("%s: tensor %s is not needed", source.path, name)
+            continue
+        raise ModelError(
+            f"{source.places[name].file}: tensor {name!r} does not belong to a "
+            f"{architecture.family} model as its config.json describes it"
+        )
+    return source
+
+
+def model_parameters(
+    model_chunks: Sequence[nn.Module], architecture: Architecture
+) -> Iterator[tuple[Parameter, Tensor]]:
+    """Pair the parameters of this rank's model chunks with their entries in the table.
+
+    Args:
+        model_chunks: ``GPTModel`` chunks, possibly wrapped.
+        architecture: The whole model.
+
+    Yields:
+        Table entry and parameter, in the chunks' order. The output layer of a tied model's
+        last pipeline stage is paired with the embedding's entry.
+
+    Raises:
+        AssertionError: If a chunk has a parameter that the architecture does not have.
+    """
+    table = {(entry.layer, entry.key): entry for entry in parameter_table(architecture)}
+    if architecture.tie_word_embeddings:
+        table[None, "output_layer.weight"] = table[None, "embedding.word_embeddings.weight"]
+    for chunk in model_chunks:
+        while not hasattr(chunk, "decoder"):
+            assert isinstance(chunk.module, nn.Module), f"{type(chunk).__name__} is no GPTModel"
+            chunk = chunk.module
+        for name, weight in chunk.named_parameters():
+            key = _global_key(chunk, name)
+            assert key in table, f"{name} is not a parameter of {architecture}"
+            yield table[key], weight
+
+
+def _global_key(chunk: nn.Module, name: str) -> tuple[int | None, str]:
+    """Global layer index and checkpoint key of a chunk's parameter."""
+    if not name.startswith(LAYER_PREFIX):
+        return None, name
+    local, inner = name.removeprefix(LAYER_PREFIX).split(".", 1)
+    layer_number = chunk.get_submodule(f"{LAYER_PREFIX}{local}").layer_number
+    assert isinstance(layer_number, int)
+    return layer_number - 1, LAYER_PREFIX + module_spelling(inner)
+
+
+@torch.no_grad()
+def _fill(
+    weight: Tensor,
+    parameter: Parameter,
+    source: SafetensorsDirectory,
+    *,
+    tp_rank: int,
+    tp_size: int,
+) -> None:
+    """Copy one parameter's pieces, and zero the rows that no piece covers."""
+    padded = weight.shape[0] * tp_size
+    shape = parameter.local_shape(tp_size=tp_size, padded_vocab_size=padded)
+    assert tuple(weight.shape) == shape, f"{parameter.key}: {tuple(weight.shape)} is not {shape}"
+    filled = 0
+    for piece in parameter.pieces(tp_rank=tp_rank, tp_size=tp_size, padded_vocab_size=padded):
+        place = source.places[piece.name]
+        first, last = piece.rows.start, piece.rows.stop
+        row_bytes = place.num_bytes // max(1, place.shape[0])
+        for block in row_blocks(last - first, row_bytes, block_bytes=_BLOCK_BYTES):
+            rows = slice(first + block.start, first + block.stop)
+            view = source.view(piece.name, rows)
+            begin = piece.local_rows.start + block.start
+            target = weight[begin : begin + rows.stop - rows.start]
+            target.copy_(view if piece.columns is None else view[:, piece.columns])
+            source.drop(piece.name, rows)
+        filled += last - first
+    # Only vocabulary parameters have padding, and it is at their end.
+    weight[filled:].zero_()
+
+
+def _is_redundant(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor may be in a directory though nothing reads it."""
+    # Old Llama files hold RoPE's frequencies; some tied models hold their embedding twice.
+    return name.endswith(".rotary_emb.inv_freq") or (
+        name == "lm_head.weight" and architecture.tie_word_embeddings
+    )
