@@ -15,6 +15,10 @@ _WARNINGS = (
     # Megatron-Core imports these for every model; we use neither.
     r"MimoModelConfig is experimental",
     r"full scope is deprecated. Use empty cuda_graph_modules",
+    # Megatron-Core calls PyTorch's checkpoint reader the old way.
+    r"The argument order of load has been changed",
+    r"torch.distributed is disabled, unavailable or uninitialized, assuming",
+    r"Please use DTensor instead and we are deprecating ShardedTensor",
     # Only useful with CUDA, where `parallel/state.py` sets the variable.
     r"When using async grad allreduce it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
 )
@@ -22,6 +26,10 @@ _WARNINGS = (
 _LOG_MESSAGES = {
     # GPTModel stays until its successor is stable: docs/adr/0002-gptmodel.md.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    # Also printed for synchronous saves, which are what we ask for.
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    # An announcement to Megatron-LM's own callers; the layout is computed all the same.
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
     # A CUDA toolkit without a GPU is no fault.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }

@@ -1,0 +1,1 @@
+"""The engine: one training loop over Megatron-Core, for every stage."""

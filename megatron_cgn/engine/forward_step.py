@@ -1,0 +1,128 @@
+"""The adapter between our objectives and Megatron's ``(output, loss_func)`` protocol.
+
+Megatron's schedules call ``forward_step(iterator, model)`` and then, on the last stage,
+``loss_func(output)``. With ``calculate_per_token_loss=True`` they want the *sum* of the loss and
+the *count* of its units, and divide the gradients once by the global count. Nothing else in the
+project knows this protocol.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_cgn.batch import map_sequences, to_device
+from megatron_cgn.objectives.base import ForwardArgs, Objective, Ratio
+from megatron_cgn.parallel import cpu
+from megatron_cgn.parallel.context import shard_sequence
+from megatron_cgn.parallel.state import ParallelState
+
+B = TypeVar("B")
+
+Report = dict[str, Ratio]
+LOSS = "loss"
+
+
+class TrainingForwardStep(Generic[B]):
+    """Megatron's ``forward_step_func`` for training on an objective."""
+
+    def __init__(self, objective: Objective[B], state: ParallelState) -> None:
+        """Bind an objective to this process's place in the layout."""
+        self._objective = objective
+        self._state = state
+
+    def __call__(
+        self, batches: Iterator[B], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Report]]]:
+        """Run the model on the next micro-batch.
+
+        Args:
+            batches: Micro-batches of this data-parallel rank, on any device.
+            model: The model chunk whose turn it is.
+
+        Returns:
+            The chunk's output and what turns it into ``(loss sum, count, report)``.
+        """
+        batch = place_batch(next(batches), self._state)
+        output = call_model(model, self._objective.forward_args(batch))
+        return output, partial(self._loss, batch)
+
+    def _loss(self, batch: B, output: Tensor) -> tuple[Tensor, Tensor, Report]:
+        result = self._objective.loss(output, batch)
+        report = {LOSS: Ratio(result.loss_sum.detach(), result.count), **result.metrics}
+        return result.loss_sum, result.count, report
+
+
+class ScoringForwardStep(Generic[B]):
+    """Megatron's ``forward_step_func`` for a forward-only pass that keeps the model's output."""
+
+    def __init__(self, forward_args: Callable[[B], ForwardArgs], state: ParallelState) -> None:
+        """Bind the function that says what the model is called with."""
+        self._forward_args = forward_args
+        self._state = state
+
+    def __call__(
+        self, batches: Iterator[B], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        """Run the model on the next micro-batch; see `TrainingForwardStep`."""
+        batch = place_batch(next(batches), self._state)
+        output = call_model(model, self._forward_args(batch))
+        return output, lambda out, non_loss_data=True: out.detach()
+
+
+def place_batch(batch: B, state: ParallelState) -> B:
+    """Move a micro-batch to this rank's device and take its context-parallel part."""
+    cut = partial(shard_sequence, cp_rank=state.cp_rank, cp_size=state.cp_size)
+    return map_sequences(to_device(batch, cpu.device()), cut)
+
+
+def call_model(model: torch.nn.Module, args: ForwardArgs) -> Tensor:
+    """Call a Megatron GPT chunk.
+
+    Args:
+        model: The chunk.
+        args: This rank's part of the batch.
+
+    Returns:
+        On the last pipeline stage the per-token negative log-likelihood ``[B, S]`` (or the head's
+        output without labels); elsewhere hidden states ``[S, B, H]``.
+    """
+    packed: PackedSeqParams | None = None
+    if args.cu_seqlens is not None:
+        longest = int((args.cu_seqlens[1:] - args.cu_seqlens[:-1]).max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=args.cu_seqlens,
+            cu_seqlens_kv=args.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    output: Tensor = model(
+        input_ids=args.tokens,
+        position_ids=args.position_ids,
+        attention_mask=None,
+        labels=args.labels,
+        packed_seq_params=packed,
+    )
+    return output
+
+
+def sum_reports(reports: list[Mapping[str, Ratio]]) -> tuple[list[str], Tensor]:
+    """Add up the reports of the micro-batches.
+
+    Args:
+        reports: One per micro-batch; empty on stages that compute no loss.
+
+    Returns:
+        Names in order, and their sums and counts, float64 ``[len(names), 2]``.
+    """
+    names = list(reports[0]) if reports else []
+    rows: list[Any] = [
+        torch.stack([torch.stack((r[name].sum.double(), r[name].count.double())) for r in reports])
+        for name in names
+    ]
+    sums = [row.sum(0) for row in rows]
+    return names, torch.stack(sums) if sums else torch.zeros(0, 2, dtype=torch.float64)
