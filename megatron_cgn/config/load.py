@@ -1,0 +1,182 @@
+"""Read a configuration: Hydra composes it, types are checked, unknown keys get a suggestion.
+
+The only module that knows Hydra and OmegaConf. What comes out is a frozen `RunConfig`.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_cgn.config.schema import RunConfig, SourceConfig
+from megatron_cgn.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "hydra_conf"
+STAGES = ("cpt",)
+_GROUPS = ("stage", "model", "data", "parallel", "optim", "experiment")
+
+
+def compose_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> dict[str, Any]:
+    """Compose defaults, chosen groups and overrides into one plain dictionary.
+
+    Args:
+        overrides: Hydra's, e.g. ``["+stage=cpt", "optim.lr=1e-5"]``.
+        config_dir: Where ``config.yaml`` and the groups are.
+
+    Returns:
+        Nested dictionaries and lists, interpolations resolved.
+
+    Raises:
+        ConfigError: If an override or a file is wrong; for an unknown key the nearest is named.
+    """
+    # YAML holds choices; names and defaults are the dataclasses'.
+    ConfigStore.instance().store("schema", _defaults())
+    try:
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        assert isinstance(composed, DictConfig)
+        container = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(str(error), config_dir)) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> RunConfig:
+    """Compose and type a configuration.
+
+    Args:
+        overrides: Hydra's, e.g. ``["+stage=cpt", "optim.lr=1e-5"]``.
+        config_dir: Where ``config.yaml`` and the groups are.
+
+    Returns:
+        The configuration. Rules across fields are `validate.py`'s.
+
+    Raises:
+        ConfigError: Naming every unknown key and every value of a wrong type.
+    """
+    return typed_config(compose_config(overrides, config_dir=config_dir))
+
+
+def typed_config(values: dict[str, Any]) -> RunConfig:
+    """Turn a composed dictionary into a `RunConfig`.
+
+    Args:
+        values: From `compose_config`, or read back from a run's ``config.yaml``.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: Naming every unknown key and every value of a wrong type.
+    """
+    faults = [_unknown(path) for path in _unknown_keys(values, RunConfig)]
+    if not faults:
+        try:
+            return TypeAdapter(RunConfig).validate_python(values)
+        except ValidationError as error:
+            faults = [
+                f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}; "
+                f"got {fault['input']!r}."
+                for fault in error.errors()
+            ]
+    raise ConfigError("\n".join(faults))
+
+
+def dump_config(run: RunConfig) -> str:
+    """Write a configuration as YAML.
+
+    Args:
+        run: The configuration.
+
+    Returns:
+        Text that `typed_config` reads back to the same.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(run))))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Write a composed dictionary as YAML, for ``--cfg job``."""
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def key_paths() -> list[str]:
+    """Every dotted configuration key."""
+    return list(_paths(RunConfig))
+
+
+def _defaults() -> dict[str, Any]:
+    plain = _plain(dataclasses.asdict(RunConfig()))
+    assert isinstance(plain, dict)
+    # "+stage=cpt" chooses a file of the group "stage", which then sets the key.
+    del plain["stage"]
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, all the way down: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _paths(cls: type, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(cls):
+        path = f"{prefix}{field.name}"
+        yield path
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _paths(field.type, f"{path}.")
+
+
+def _unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> Iterator[str]:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in fields:
+            yield path
+        elif path == "data.sources" and isinstance(value, list):
+            for index, source in enumerate(value):
+                if isinstance(source, dict):
+                    yield from _unknown_keys(source, SourceConfig, f"data.sources.{index}.")
+        elif isinstance(value, dict) and isinstance(fields[key].type, type):
+            yield from _unknown_keys(value, fields[key].type, f"{path}.")  # type: ignore[arg-type]
+
+
+def _unknown(path: str) -> str:
+    known = key_paths() + [f"data.sources.{f.name}" for f in dataclasses.fields(SourceConfig)]
+    plain = re.sub(r"\.\d+\.", ".", path)
+    near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
+    if not near:
+        # A wrong section hides the likeness of the last word.
+        last = plain.rpartition(".")[2]
+        near = [p for p in known if p.rpartition(".")[2] == last][:1]
+    return f"{path}: unknown key{f'; did you mean {near[0]}?' if near else '.'}"
+
+
+def _explain(message: str, config_dir: Path) -> str:
+    """Say what was wrong with an override in one line, without Hydra's advice."""
+    unknown = re.search(r"Could not override '([^']+)'", message)
+    if unknown:
+        key = unknown.group(1)
+        if key in _GROUPS:
+            return f"{key}=…: a file is chosen with a plus sign: +{key}=…"
+        return _unknown(key)
+    choice = re.search(r"Could not find '([\w/]+)/([\w.-]+)'", message)
+    if choice:
+        group, name = choice.groups()
+        names = sorted(p.stem for p in (config_dir / group).glob("*.yaml"))
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{group}={name}: there is no {name}.yaml; choose from {', '.join(names)}.{hint}"
+    return message.strip().splitlines()[0]

@@ -1,0 +1,289 @@
+"""Rules that span settings. All faults are found before anything is allocated, and told at once.
+
+Every fault says where, which value, which limit, and what to do.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.errors import ConfigError
+
+
+class ArchitectureLike(Protocol):
+    """What of a model's architecture the rules need."""
+
+    @property
+    def num_layers(self) -> int: ...  # noqa: D102
+    @property
+    def num_attention_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_key_value_heads(self) -> int: ...  # noqa: D102
+    @property
+    def ffn_hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def max_position_embeddings(self) -> int: ...  # noqa: D102
+
+
+def validate(run: RunConfig, *, world_size: int) -> None:
+    """Check everything that can be known without the model.
+
+    Args:
+        run: The configuration.
+        world_size: Number of processes started.
+
+    Raises:
+        ConfigError: Naming all faults.
+    """
+    faults = [
+        *_model(run),
+        *_layout(run, world_size),
+        *_batch(run, world_size),
+        *_data(run),
+        *_optim(run),
+        *_checkpoint(run),
+    ]
+    _raise(faults)
+
+
+def validate_architecture(run: RunConfig, architecture: ArchitectureLike) -> None:
+    """Check that the model can be cut as the layout asks.
+
+    Args:
+        run: The configuration.
+        architecture: The model.
+
+    Raises:
+        ConfigError: Naming all faults.
+    """
+    _raise(list(_cuts(run, architecture)))
+
+
+def _raise(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _model(run: RunConfig) -> Iterator[str]:
+    if run.model.hf_path is None:
+        yield "model.hf_path: not set; give the directory of a Hugging Face model."
+    if run.model.make_vocab_size_divisible_by < 1:
+        yield _at_least("model.make_vocab_size_divisible_by", 1, run)
+
+
+def _layout(run: RunConfig, world_size: int) -> Iterator[str]:
+    p = run.parallel
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    bad = [name for name in sizes if getattr(p, name) < 1]
+    for name in bad:
+        yield _at_least(f"parallel.{name}", 1, run)
+    if not bad:
+        model_size = (
+            p.tensor_model_parallel_size
+            * p.pipeline_model_parallel_size
+            * p.context_parallel_size
+        )
+        if world_size % model_size:
+            yield (
+                f"parallel: {world_size} process(es) were started, but tensor × pipeline × context "
+                f"parallel = {p.tensor_model_parallel_size} × {p.pipeline_model_parallel_size} × "
+                f"{p.context_parallel_size} needs a multiple of {model_size}; start that many with "
+                "torchrun, or change the sizes."
+            )
+    virtual = p.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        if virtual < 2:
+            yield (
+                f"parallel.virtual_pipeline_model_parallel_size: {virtual}; interleaving needs 2 "
+                "chunks a stage or more (null for none)."
+            )
+        if p.pipeline_model_parallel_size < 2:
+            yield (
+                "parallel.virtual_pipeline_model_parallel_size: has no effect with "
+                "parallel.pipeline_model_parallel_size=1; set it to null."
+            )
+        if p.overlap_p2p_comm is False:
+            yield (
+                "parallel.overlap_p2p_comm: false; the interleaved schedule computes wrong "
+                "gradients without it. Leave it null, or set "
+                "parallel.virtual_pipeline_model_parallel_size=null."
+            )
+    elif p.overlap_p2p_comm:
+        yield (
+            "parallel.overlap_p2p_comm: true; only the interleaved schedule overlaps. Leave it "
+            "null, or set parallel.virtual_pipeline_model_parallel_size."
+        )
+    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel: true has no effect with "
+            "parallel.tensor_model_parallel_size=1; set it to false."
+        )
+    if p.overlap_param_gather and not (p.distributed_optimizer and p.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather: true needs parallel.distributed_optimizer=true and "
+            "parallel.overlap_grad_reduce=true."
+        )
+    if p.timeout_minutes <= 0:
+        yield f"parallel.timeout_minutes: {p.timeout_minutes}; must be above 0."
+
+
+def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
+    p, t, length = run.parallel, run.train, run.data.seq_length
+    for name in ("micro_batch_size", "global_batch_size", "log_interval_steps"):
+        if getattr(t, name) < 1:
+            yield _at_least(f"train.{name}", 1, run)
+            return
+    model_size = max(
+        1,
+        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size,
+    )
+    dp = max(1, world_size // model_size)
+    portion = t.micro_batch_size * dp
+    if t.global_batch_size % portion:
+        yield (
+            f"train.global_batch_size: {t.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size × data-parallel size = {t.micro_batch_size} × {dp} = "
+            f"{portion}; use {-(-t.global_batch_size // portion) * portion}."
+        )
+    elif p.virtual_pipeline_model_parallel_size is not None:
+        micro_batches = t.global_batch_size // portion
+        if micro_batches % p.pipeline_model_parallel_size:
+            yield (
+                f"train.global_batch_size: makes {micro_batches} micro-batches a rank; the "
+                "interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size="
+                f"{p.pipeline_model_parallel_size}."
+            )
+    if length < 1:
+        yield _at_least("data.seq_length", 1, run)
+    elif p.context_parallel_size > 1 and length % (2 * p.context_parallel_size):
+        yield (
+            f"data.seq_length: {length} is not a multiple of 2 × parallel.context_parallel_size = "
+            f"{2 * p.context_parallel_size}."
+        )
+    if p.sequence_parallel and p.context_parallel_size > 0 and p.tensor_model_parallel_size > 0:
+        share = length // p.context_parallel_size
+        if share % p.tensor_model_parallel_size:
+            yield (
+                f"data.seq_length: {length} / context parallel {p.context_parallel_size} is not a "
+                "multiple of parallel.tensor_model_parallel_size="
+                f"{p.tensor_model_parallel_size}, which sequence parallelism needs."
+            )
+    if (t.train_iters is None) == (t.epochs is None):
+        state = "both set" if t.epochs is not None else "neither set"
+        yield f"train.train_iters, train.epochs: {state}; give exactly one."
+    if t.train_iters is not None and t.train_iters < 1:
+        yield _at_least("train.train_iters", 1, run)
+    if t.epochs is not None and t.epochs <= 0:
+        yield f"train.epochs: {t.epochs}; must be above 0."
+    for name in ("validation_interval_steps", "validation_sequences"):
+        value = getattr(t, name)
+        if value is not None and value < 1:
+            yield _at_least(f"train.{name}", 1, run)
+
+
+def _data(run: RunConfig) -> Iterator[str]:
+    sources = run.data.sources
+    if not sources:
+        yield (
+            "data.sources: empty; give at least one, e.g. "
+            "'data.sources=[{name: domain, path: data/domain, weight: 0.8}]'."
+        )
+    names = [source.name for source in sources]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield f"data.sources: the name {name!r} appears more than once; names must differ."
+    for index, source in enumerate(sources):
+        if source.weight <= 0:
+            yield f"data.sources.{index}.weight: {source.weight}; must be above 0."
+        if not source.name or "/" in source.name:
+            yield f"data.sources.{index}.name: {source.name!r}; must be a word without slashes."
+    if not 0 <= run.data.validation_fraction < 1:
+        yield (
+            f"data.validation_fraction: {run.data.validation_fraction}; must be at least 0 and "
+            "below 1."
+        )
+    elif (
+        run.data.validation_fraction > 0
+        and sources
+        and all(source.validation_path is not None for source in sources)
+    ):
+        yield (
+            "data.validation_fraction: has no effect, since every source has a validation_path; "
+            "set it to 0."
+        )
+    if run.data.num_workers < 0:
+        yield _at_least("data.num_workers", 0, run)
+
+
+def _optim(run: RunConfig) -> Iterator[str]:
+    o = run.optim
+    if o.lr <= 0:
+        yield f"optim.lr: {o.lr}; must be above 0."
+    if not 0 <= o.min_lr <= o.lr:
+        yield f"optim.min_lr: {o.min_lr}; must be between 0 and optim.lr={o.lr}."
+    for name in ("warmup_steps", "weight_decay", "clip_grad"):
+        if getattr(o, name) < 0:
+            yield _at_least(f"optim.{name}", 0, run)
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(o, name) < 1:
+            yield f"optim.{name}: {getattr(o, name)}; must be at least 0 and below 1."
+    if o.adam_eps <= 0:
+        yield f"optim.adam_eps: {o.adam_eps}; must be above 0."
+    if o.initial_loss_scale < 1:
+        yield _at_least("optim.initial_loss_scale", 1, run)
+    if (o.schedule == "wsd") != (o.decay_steps is not None):
+        remedy = (
+            "say over how many last steps wsd decays"
+            if o.decay_steps is None
+            else f"it has no effect with optim.schedule={o.schedule}; set it to null"
+        )
+        yield f"optim.decay_steps: {o.decay_steps}; {remedy}."
+    elif o.decay_steps is not None and o.decay_steps < 1:
+        yield _at_least("optim.decay_steps", 1, run)
+    iters = run.train.train_iters
+    if iters is not None and o.warmup_steps + (o.decay_steps or 0) > iters:
+        yield (
+            f"optim.warmup_steps: {o.warmup_steps} warm-up and {o.decay_steps or 0} decay steps do "
+            f"not fit into train.train_iters={iters}."
+        )
+
+
+def _checkpoint(run: RunConfig) -> Iterator[str]:
+    for name in ("interval_steps", "keep_last"):
+        value = getattr(run.checkpoint, name)
+        if value is not None and value < 1:
+            yield _at_least(f"checkpoint.{name}", 1, run)
+
+
+def _cuts(run: RunConfig, a: ArchitectureLike) -> Iterator[str]:
+    p = run.parallel
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    for what, number in (
+        ("attention heads", a.num_attention_heads),
+        ("key/value heads", a.num_key_value_heads),
+        ("feed-forward columns", a.ffn_hidden_size),
+    ):
+        if number % tp:
+            fitting = [n for n in range(1, number + 1) if number % n == 0][:8]
+            yield (
+                f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {number} "
+                f"{what}; choose from {', '.join(map(str, fitting))}."
+            )
+    parts = pp * (p.virtual_pipeline_model_parallel_size or 1)
+    if a.num_layers % parts:
+        yield (
+            f"parallel.pipeline_model_parallel_size: {pp}"
+            + (f" × {parts // pp} virtual stages" if parts != pp else "")
+            + f" does not divide the model's {a.num_layers} layers."
+        )
+    if run.data.seq_length > a.max_position_embeddings:
+        yield (
+            f"data.seq_length: {run.data.seq_length} is more than the model's "
+            f"max_position_embeddings={a.max_position_embeddings}."
+        )
+
+
+def _at_least(path: str, limit: int, run: RunConfig) -> str:
+    value: object = run
+    for name in path.split("."):
+        value = getattr(value, name)
+    return f"{path}: {value}; must be at least {limit}."
