@@ -1,0 +1,1 @@
+"""Token sources: indexed datasets, their making, blending and loading."""
