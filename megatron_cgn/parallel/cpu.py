@@ -161,6 +161,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        # Pinning asks for a CUDA driver; there is no device to copy to.
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return wrapper
