@@ -19,6 +19,8 @@ _WARNINGS = (
     r"The argument order of load has been changed",
     r"torch.distributed is disabled, unavailable or uninitialized, assuming",
     r"Please use DTensor instead and we are deprecating ShardedTensor",
+    # recompute=selective is what was asked for, and its meaning is documented there.
+    r"If you are using transformer_engine as the transformer implementation",
     # Only useful with CUDA, where `parallel/state.py` sets the variable.
     r"When using async grad allreduce it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
 )
