@@ -33,7 +33,7 @@ class TokenBatch:
     cu_seqlens: Tensor | None = None
 
 
-def to_device(batch: B, device: torch.device) -> B:
+def to_device[B](batch: B, device: torch.device) -> B:
     """Move every tensor of a batch.
 
     Args:
@@ -46,7 +46,7 @@ def to_device(batch: B, device: torch.device) -> B:
     return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def map_sequences(batch: B, function: Callable[[Tensor], Tensor]) -> B:
+def map_sequences[B](batch: B, function: Callable[[Tensor], Tensor]) -> B:
     """Apply a function to every tensor that has a sequence dimension (two or more dimensions).
 
     Args:
@@ -59,7 +59,7 @@ def map_sequences(batch: B, function: Callable[[Tensor], Tensor]) -> B:
     return _map(batch, lambda tensor: function(tensor) if tensor.dim() >= 2 else tensor)
 
 
-def _map(batch: B, function: Callable[[Tensor], Tensor]) -> B:
+def _map[B](batch: B, function: Callable[[Tensor], Tensor]) -> B:
     changed = {
         f.name: function(value)
         for f in fields(batch)  # type: ignore[arg-type]

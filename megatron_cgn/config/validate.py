@@ -79,9 +79,7 @@ def _layout(run: RunConfig, world_size: int) -> Iterator[str]:
         yield _at_least(f"parallel.{name}", 1, run)
     if not bad:
         model_size = (
-            p.tensor_model_parallel_size
-            * p.pipeline_model_parallel_size
-            * p.context_parallel_size
+            p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
         )
         if world_size % model_size:
             yield (

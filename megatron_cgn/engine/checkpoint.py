@@ -265,9 +265,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
     names = CheckpointInfo.__dataclass_fields__
-    return {
-        n: dict(v) if isinstance(v := getattr(info, n), Mapping) else v for n in names
-    }
+    return {n: dict(v) if isinstance(v := getattr(info, n), Mapping) else v for n in names}
 
 
 def _together(

@@ -30,6 +30,7 @@ from megatron_cgn.engine.forward_step import (
 )
 from megatron_cgn.engine.optim import build_optimizer, leaves, set_rates, wrap_model
 from megatron_cgn.engine.schedule import learning_rate
+from megatron_cgn.errors import CheckpointError
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.build import build_model, resolve_backend, transformer_config
 from megatron_cgn.model.heads import padded_vocab_size
@@ -51,8 +52,9 @@ class StepReport:
 
     Attributes:
         step: Steps done, this one included.
-        metrics: Means over the global batch by name; ``loss`` first.
-        count: Units (tokens, pairs, sequences) that the loss was averaged over.
+        metrics: Means over the global batch by name, ``loss`` among them; empty if they were not
+            asked for.
+        count: Units (tokens, pairs, sequences) that the loss was averaged over; 0 likewise.
         lr: Learning rate of this step.
         grad_norm: Global gradient norm before clipping; None if the step was skipped.
         skipped: Whether FP16 gradients overflowed, so that weights did not change.
@@ -113,6 +115,7 @@ class Engine:
         )
         self._wrapped: list[DistributedDataParallel] = []
         self._optimizer: Any = None
+        self._metric_names: list[str] | None = None
 
     def prepare_training(self) -> None:
         """Wrap the model for data parallelism and build the optimizer from its weights.
@@ -146,13 +149,16 @@ class Engine:
             several = len(self._wrapped) > 1
             self.model_config.param_sync_func = gathers if several else gathers[0]
 
-    def train_step(self, micro_batches: Sequence[B], objective: Objective[B]) -> StepReport:
+    def train_step(
+        self, micro_batches: Sequence[B], objective: Objective[B], *, reduce_metrics: bool = True
+    ) -> StepReport:
         """Take one optimizer step.
 
         Args:
             micro_batches: This data-parallel rank's share of the global batch; every rank brings
                 the same number, of the same shapes.
             objective: What to minimise.
+            reduce_metrics: Whether the report has metrics, which costs a host synchronisation.
 
         Returns:
             The step's report, equal on every rank.
@@ -169,7 +175,7 @@ class Engine:
         )
         success, grad_norm, _ = self._optimizer.step()
         self.step += 1
-        metrics, count = self._reduce(reports)
+        metrics, count = self._reduce(reports) if reduce_metrics else ({}, 0)
         return StepReport(
             step=self.step,
             metrics=metrics,
@@ -249,12 +255,13 @@ class Engine:
     def _reduce(self, reports: list[Any]) -> tuple[dict[str, float], int]:
         """Average a step's reports over micro-batches and data-parallel ranks."""
         names, sums = sum_reports(reports)
-        if self.state.groups.pp.size() > 1:
+        if self._metric_names is None:  # an objective's names are the same at every step
             shared: list[Any] = [names]
             dist.broadcast_object_list(shared, src=self.state.loss_rank, group=self.state.groups.pp)
-            names = shared[0]
-            if not self.state.is_last_stage:
-                sums = torch.zeros(len(names), 2, dtype=torch.float64)
+            self._metric_names = shared[0]
+        names = self._metric_names
+        if not self.state.is_last_stage:
+            sums = torch.zeros(len(names), 2, dtype=torch.float64)
         totals = sum_over_data(sums, self.state).tolist()
         metrics = {
             name: total / count if count else 0.0
@@ -347,7 +354,7 @@ class Engine:
         info = ckpt.read_info(directory)
         ckpt.check_fit(info, fit, directory)
         if not info.has_optimizer:
-            raise ckpt.CheckpointError(
+            raise CheckpointError(
                 f"{directory}: holds no optimizer state (checkpoint.save_optimizer was false), so "
                 "training cannot go on from it. Use it as a starting model instead."
             )

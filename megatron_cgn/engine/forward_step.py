@@ -8,7 +8,7 @@ project knows this protocol.
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -26,7 +26,7 @@ Report = dict[str, Ratio]
 LOSS = "loss"
 
 
-class TrainingForwardStep(Generic[B]):
+class TrainingForwardStep[B]:
     """Megatron's ``forward_step_func`` for training on an objective."""
 
     def __init__(self, objective: Objective[B], state: ParallelState) -> None:
@@ -56,7 +56,7 @@ class TrainingForwardStep(Generic[B]):
         return result.loss_sum, result.count, report
 
 
-class ScoringForwardStep(Generic[B]):
+class ScoringForwardStep[B]:
     """Megatron's ``forward_step_func`` for a forward-only pass that keeps the model's output."""
 
     def __init__(self, forward_args: Callable[[B], ForwardArgs], state: ParallelState) -> None:
@@ -73,7 +73,7 @@ class ScoringForwardStep(Generic[B]):
         return output, lambda out, non_loss_data=True: out.detach()
 
 
-def place_batch(batch: B, state: ParallelState) -> B:
+def place_batch[B](batch: B, state: ParallelState) -> B:
     """Move a micro-batch to this rank's device and take its context-parallel part."""
     cut = partial(shard_sequence, cp_rank=state.cp_rank, cp_size=state.cp_size)
     return map_sequences(to_device(batch, cpu.device()), cut)

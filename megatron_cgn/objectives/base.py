@@ -7,14 +7,13 @@ so that a loss does not depend on how a batch was cut up.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-B_contra = TypeVar("B_contra", contravariant=True)
 
-
-class Ratio(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ratio:
     """A mean before its division: both are scalar tensors on the device, this rank's share.
 
     Attributes:
@@ -59,16 +58,18 @@ class LossOutput:
     metrics: Mapping[str, Ratio] = field(default_factory=dict)
 
 
-class Objective(Protocol[B_contra]):
+class Objective[B](Protocol):
     """A training objective over batches of one type."""
 
-    unit: Literal["token", "pair", "sequence"]
-    """What `LossOutput.count` counts."""
+    @property
+    def unit(self) -> Literal["token", "pair", "sequence"]:
+        """What `LossOutput.count` counts."""
+        ...
 
-    def forward_args(self, batch: B_contra) -> ForwardArgs:
+    def forward_args(self, batch: B) -> ForwardArgs:
         """What the model is called with. Runs on every pipeline stage."""
         ...
 
-    def loss(self, output: Tensor, batch: B_contra) -> LossOutput:
+    def loss(self, output: Tensor, batch: B) -> LossOutput:
         """The loss of the model's output. Runs on the last pipeline stage only."""
         ...

@@ -41,37 +41,37 @@ class ParallelState:
     @property
     def tp_rank(self) -> int:
         """Rank in the tensor-parallel group."""
-        return self.groups.tp.rank()
+        return int(self.groups.tp.rank())
 
     @property
     def pp_rank(self) -> int:
         """Rank in the pipeline-parallel group, i.e. the pipeline stage."""
-        return self.groups.pp.rank()
+        return int(self.groups.pp.rank())
 
     @property
     def cp_rank(self) -> int:
         """Rank in the context-parallel group."""
-        return self.groups.cp.rank()
+        return int(self.groups.cp.rank())
 
     @property
     def cp_size(self) -> int:
         """Ranks that share each sequence."""
-        return self.groups.cp.size()
+        return int(self.groups.cp.size())
 
     @property
     def dp_rank(self) -> int:
         """Rank in the data-parallel group: which part of each batch this process reads."""
-        return self.groups.dp.rank()
+        return int(self.groups.dp.rank())
 
     @property
     def dp_size(self) -> int:
         """Parts that each batch is split into."""
-        return self.groups.dp.size()
+        return int(self.groups.dp.size())
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this process holds the last pipeline stage, where the loss is computed."""
-        return self.pp_rank == self.groups.pp.size() - 1
+        return bool(self.pp_rank == self.groups.pp.size() - 1)
 
     @property
     def loss_rank(self) -> int:
@@ -150,7 +150,7 @@ def _join(parallel: ParallelConfig, world_size: int) -> None:
         return
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
+        store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(cpu.backend(), store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(cpu.backend(), timeout=timeout)

@@ -1,0 +1,235 @@
+"""What a person sees: a line a step, a progress bar, metrics.jsonl, TensorBoard, loss.png."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_cgn.engine.engine import StepReport
+
+_MIB = 1024 * 1024
+
+
+class Monitor:
+    """Writes a run's metrics. Only made on rank 0; other ranks have nothing to say."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        first_step: int,
+        tokens_per_step: int,
+    ) -> None:
+        """Open the files, cutting off what a later, lost part of the run had written.
+
+        Args:
+            output_dir: The run's directory.
+            total_steps: Steps of the whole run.
+            first_step: Steps done already; records after it are from a part that was lost.
+            tokens_per_step: Tokens of one optimizer step over all ranks.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._path = output_dir / "metrics.jsonl"
+        _keep_records(self._path, upto=first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=first_step + 1
+        )
+        self._plot_path = output_dir / "loss.png"
+        self._tokens_per_step = tokens_per_step
+        self._total_steps = total_steps
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+        self._last_time = time.perf_counter()
+        self._last_step = first_step
+        self._seconds = 0.0
+        self._counted_steps = 0
+
+    def on_step(self, report: StepReport) -> None:
+        """Record a step, if its turn has come."""
+        self._bar.update(1)
+        done = report.step - self._last_step
+        if not report.metrics:
+            return
+        now = time.perf_counter()
+        step_time = (now - self._last_time) / done
+        self._seconds += now - self._last_time
+        self._counted_steps += done
+        self._last_time, self._last_step = now, report.step
+        metrics = dict(report.metrics)
+        record = {
+            "step": report.step,
+            "loss": metrics.pop("loss"),
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens": self._tokens_per_step * report.step,
+            "tokens_per_s": self._tokens_per_step / step_time,
+            "step_time_s": step_time,
+            **metrics,
+        }
+        if report.skipped:
+            record["skipped"] = 1
+        self._write(record)
+        self._say(self._line(record))
+
+    def on_validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record held-out scores."""
+        self._write({"step": step, **metrics})
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        self._say(f"step {step:>6}  {shown}")
+        # Validation is no part of a step's time.
+        self._last_time = time.perf_counter()
+
+    def on_message(self, message: str) -> None:
+        """Show a line."""
+        self._say(message)
+        self._last_time = time.perf_counter()
+
+    def on_end(self) -> None:
+        """Close the files and draw the plot."""
+        self._bar.close()
+        self._file.close()
+        self._tensorboard.close()
+        records = read_records(self._path)
+        if any("loss" in record for record in records):
+            plot_losses(records, self._plot_path)
+
+    def _line(self, record: dict[str, Any]) -> str:
+        left = (self._total_steps - record["step"]) * self._seconds / self._counted_steps
+        norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+        return (
+            f"step {record['step']:>6}/{self._total_steps}  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.2e}  grad norm {norm}  {record['tokens_per_s']:,.0f} tokens/s  "
+            f"memory {peak_memory_mib():,.0f} MiB  ETA {_clock(left)}"
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                tag = name if "/" in name else f"train/{name}"
+                self._tensorboard.add_scalar(tag, value, record["step"])
+
+    def _say(self, text: str) -> None:
+        if self._bar.disable:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+        else:
+            self._bar.write(text, file=sys.stderr)
+
+
+def peak_memory_mib() -> float:
+    """Largest memory this process has held: on its GPU, or resident on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its records in order; a last line cut short by a kill is left out.
+    """
+    records = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def before_after_table(records: Sequence[dict[str, Any]]) -> str:
+    """Tell how held-out scores changed over the run.
+
+    Args:
+        records: From `read_records`.
+
+    Returns:
+        A Markdown table with a row a source; empty if nothing was validated.
+    """
+    scored = [r for r in records if any(n.startswith("val/") for n in r)]
+    if not scored:
+        return ""
+    first, last = scored[0], scored[-1]
+    rows = [
+        "| source | loss before | after | bits per byte before | after | change |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in (n for n in last if n.endswith("/bits_per_byte")):
+        source = name.split("/")[1]
+        loss = f"val/{source}/loss"
+        change = 100 * (last[name] / first[name] - 1)
+        rows.append(
+            f"| {source} | {first[loss]:.4f} | {last[loss]:.4f} | {first[name]:.4f} | "
+            f"{last[name]:.4f} | {change:+.1f} % |"
+        )
+    return "\n".join(rows)
+
+
+def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw training loss and held-out bits per byte over steps.
+
+    Args:
+        records: From `read_records`.
+        path: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = sorted({n for r in records for n in r if n.endswith("/bits_per_byte")})
+    figure, axes = pyplot.subplots(
+        1, 2 if names else 1, figsize=(10 if names else 6, 4), squeeze=False, layout="constrained"
+    )
+    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    axes[0][0].plot(*zip(*steps, strict=True), linewidth=1)
+    axes[0][0].set(xlabel="step", ylabel="training loss (nats per token)")
+    for name in names:
+        points = [(r["step"], r[name]) for r in records if name in r]
+        label = name.removeprefix("val/").removesuffix("/bits_per_byte")
+        axes[0][1].plot(*zip(*points, strict=True), marker="o", label=label)
+    if names:
+        axes[0][1].set(xlabel="step", ylabel="held-out bits per byte")
+        axes[0][1].legend()
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    partial.replace(path)
+
+
+def _keep_records(path: Path, *, upto: int) -> None:
+    if not path.exists():
+        return
+    kept = [r for r in read_records(path) if r["step"] <= upto] if upto else []
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
+    partial.replace(path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}"

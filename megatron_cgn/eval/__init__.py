@@ -1,0 +1,1 @@
+"""Judging a model: numbers that compare models, also with different vocabularies."""

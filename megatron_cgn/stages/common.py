@@ -1,0 +1,163 @@
+"""Wiring that every stage shares: the model to start from, the files of a run, its end."""
+
+import logging
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_cgn.config.load import dump_config
+from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.config.validate import validate_architecture
+from megatron_cgn.engine.callbacks import Callback
+from megatron_cgn.engine.engine import Engine
+from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
+from megatron_cgn.hf.config import read_architecture
+from megatron_cgn.hf.export import export_weights
+from megatron_cgn.hf.load import load_weights
+from megatron_cgn.model.architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+_HF_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+
+
+def model_path(run: RunConfig) -> Path:
+    """``model.hf_path``, which validation has demanded."""
+    assert run.model.hf_path is not None
+    return Path(run.model.hf_path)
+
+
+def checkpoint_dir(run: RunConfig) -> Path:
+    """``checkpoint.dir`` or its default."""
+    return Path(run.checkpoint.dir or Path(run.output_dir) / "checkpoints")
+
+
+def open_architecture(run: RunConfig) -> Architecture:
+    """Read the model's architecture and check that the layout can cut it.
+
+    Args:
+        run: The configuration.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        ModelError: If the directory is wrong or not supported.
+        ConfigError: If the layout does not fit the model.
+    """
+    architecture = read_architecture(model_path(run))
+    validate_architecture(run, architecture)
+    return architecture
+
+
+def load_start(engine: Engine) -> None:
+    """Give the model its first weights: from the Hugging Face directory, unless random."""
+    if engine.run.model.init == "from_hf":
+        load_weights(
+            engine.chunks,
+            model_path(engine.run),
+            architecture=engine.architecture,
+            groups=engine.state.groups,
+        )
+
+
+def copy_hf_files(source: Path, target: Path) -> None:
+    """Copy configuration and tokenizer, but no weights.
+
+    Args:
+        source: Hugging Face directory.
+        target: Directory to fill; made if missing.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in _HF_FILES:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, target / file.name)
+
+
+def base_fit(architecture: Architecture, **more: Any) -> dict[str, Any]:
+    """What a run must share with a checkpoint to go on from it.
+
+    Args:
+        architecture: The model, which always belongs to it.
+        **more: A stage's own fields, e.g. everything that decides the data's order.
+
+    Returns:
+        Flat dictionary by dotted name.
+    """
+    fields = {f"model.{name}": value for name, value in asdict(architecture).items()}
+    return {**fields, **more}
+
+
+def write_config(run: RunConfig) -> None:
+    """Write ``config.yaml`` on rank 0."""
+    if dist.get_rank() == 0:
+        path = Path(run.output_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(dump_config(run), "utf-8")
+        partial.replace(path)
+
+
+def make_callbacks(
+    engine: Engine, *, tokens_per_step: int, resumed_from: Path | None
+) -> list[Callback]:
+    """The run's monitor, on rank 0.
+
+    Args:
+        engine: After resuming, so that its step is where the run goes on.
+        tokens_per_step: Tokens of one optimizer step over all ranks.
+        resumed_from: The checkpoint that the run goes on from, to be told.
+
+    Returns:
+        Callbacks for the trainer; none on other ranks.
+    """
+    if dist.get_rank() != 0:
+        return []
+    monitor = Monitor(
+        Path(engine.run.output_dir),
+        total_steps=engine.total_steps,
+        first_step=engine.step,
+        tokens_per_step=tokens_per_step,
+    )
+    if resumed_from is not None:
+        monitor.on_message(f"resumed from {resumed_from} after step {engine.step}")
+    return [monitor]
+
+
+def show_outcome(run: RunConfig, exported: Path | None) -> None:
+    """Say on rank 0 what the run achieved and where it is."""
+    if dist.get_rank() != 0:
+        return
+    table = before_after_table(read_records(Path(run.output_dir) / "metrics.jsonl"))
+    where = [f"checkpoint  {checkpoint_dir(run) / 'latest'}"]
+    where += [f"export      {exported}"] if exported else []
+    sys.stderr.write("\n" + "\n".join([table, *where]) + "\n")
+
+
+def export(engine: Engine) -> Path | None:
+    """Write ``output_dir/export``, if asked for. Collective over all ranks.
+
+    Args:
+        engine: The trained model.
+
+    Returns:
+        The Hugging Face directory, or None.
+    """
+    run = engine.run
+    if not run.export.enabled:
+        return None
+    target = Path(run.output_dir) / "export"
+    export_weights(
+        engine.chunks,
+        target,
+        architecture=engine.architecture,
+        source_dir=model_path(run),
+        groups=engine.state.groups,
+        dtype=run.export.dtype,
+    )
+    return target
