@@ -23,19 +23,16 @@ from megatron_cgn.hf.config import read_config_json
 from megatron_cgn.hf.families import Parameter
 from megatron_cgn.hf.files import (
     check_free_space,
-    copy_side_files,
     disk_fault,
     replace_directory,
     work_directory,
-    write_json,
+    write_side_files,
 )
 from megatron_cgn.hf.load import model_parameters
 from megatron_cgn.hf.safetensors_io import (
-    INDEX_FILE,
     ShardPlan,
     ShardWriter,
     TensorTypes,
-    index_json,
     plan_shards,
 )
 from megatron_cgn.model.architecture import Architecture
@@ -133,39 +130,6 @@ def resolve_dtype(name: ExportDtype, config: Mapping[str, Any]) -> torch.dtype |
     if name != "auto":
         return _NAMED_DTYPES[name]
     return _NAMED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
-
-
-def write_side_files(
-    directory: Path,
-    source: Path,
-    config: Mapping[str, Any],
-    architecture: Architecture,
-    *,
-    stages: Sequence[TensorTypes],
-    plans: Sequence[ShardPlan],
-) -> None:
-    """Write everything of a Hugging Face directory except the weights.
-
-    Args:
-        directory: Where to.
-        source: Directory to copy tokenizer, generation settings and licences from.
-        config: The source's ``config.json``; type and vocabulary size are brought up to date.
-        architecture: The model.
-        stages: Types and shapes of the tensors, by writer.
-        plans: The weight files.
-    """
-    copy_side_files(source, directory)
-    dtypes = [dtype for stage in stages for dtype, _ in stage.values()]
-    common = max(set(dtypes), key=dtypes.count)
-    # Written under the name the source has, so that its readers find it.
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"
-    written = dict(config) | {
-        "vocab_size": architecture.vocab_size,
-        field: str(common).removeprefix("torch."),
-    }
-    write_json(directory / "config.json", written)
-    if len(plans) > 1:
-        (directory / INDEX_FILE).write_text(index_json(plans), encoding="utf-8")
 
 
 def _exported(

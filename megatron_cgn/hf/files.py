@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_cgn.errors import UserError
+from megatron_cgn.hf.safetensors_io import INDEX_FILE, ShardPlan, TensorTypes, index_json
+from megatron_cgn.model.architecture import Architecture
 
 _SIDE_FILES = (
     "tokenizer*",
@@ -103,6 +105,39 @@ def copy_side_files(source: Path, target: Path) -> None:
                 shutil.copytree(file, target / file.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(file, target / file.name)
+
+
+def write_side_files(
+    directory: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    *,
+    stages: Sequence[TensorTypes],
+    plans: Sequence[ShardPlan],
+) -> None:
+    """Write everything of a Hugging Face directory except the weights.
+
+    Args:
+        directory: Where to.
+        source: Directory to copy tokenizer, generation settings and licences from.
+        config: The source's ``config.json``; type and vocabulary size are brought up to date.
+        architecture: The model.
+        stages: Types and shapes of the tensors, by writer.
+        plans: The weight files.
+    """
+    copy_side_files(source, directory)
+    dtypes = [dtype for stage in stages for dtype, _ in stage.values()]
+    common = max(set(dtypes), key=dtypes.count)
+    # Written under the name the source has, so that its readers find it.
+    field = "torch_dtype" if "torch_dtype" in config else "dtype"
+    written = dict(config) | {
+        "vocab_size": architecture.vocab_size,
+        field: str(common).removeprefix("torch."),
+    }
+    write_json(directory / "config.json", written)
+    if len(plans) > 1:
+        (directory / INDEX_FILE).write_text(index_json(plans), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

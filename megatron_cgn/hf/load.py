@@ -4,7 +4,6 @@ Every rank reads only what its own parameters are made of, one block of rows at 
 from the mapped files into the parameters: beyond the model itself a rank needs no memory.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,18 +11,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from megatron_cgn.errors import ModelError
-from megatron_cgn.hf.families import (
-    LAYER_PREFIX,
-    Parameter,
-    hf_shapes,
-    module_spelling,
-    parameter_table,
-)
+from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, module_spelling, parameter_table
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
+from megatron_cgn.hf.weights import open_weights
 from megatron_cgn.model.architecture import Architecture
-
-logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 64 * 2**20
 """Bytes of a file that are in memory at once while they are copied."""
@@ -56,42 +47,6 @@ def load_weights(
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     for parameter, weight in model_parameters(model_chunks, architecture):
         _fill(weight, parameter, source, tp_rank=tp_rank, tp_size=tp_size)
-
-
-def open_weights(path: str | Path, architecture: Architecture) -> SafetensorsDirectory:
-    """Open a directory's safetensors and check that they are exactly an architecture's.
-
-    Args:
-        path: Hugging Face directory.
-        architecture: What its weights shall be.
-
-    Returns:
-        The opened directory.
-
-    Raises:
-        ModelError: If a tensor is missing, unexpected, or of a wrong shape, or a file is
-            missing or truncated.
-    """
-    source = SafetensorsDirectory(path)
-    expected = hf_shapes(architecture)
-    for name, shape in expected.items():
-        if name not in source.places:
-            raise ModelError(f"{source.path}: tensor {name!r} of shape {shape} is missing")
-        place = source.places[name]
-        if place.shape != shape:
-            raise ModelError(
-                f"{place.file}: tensor {name!r} has shape {place.shape}, but config.json says "
-                f"{shape}"
-            )
-    for name in sorted(source.places.keys() - expected.keys()):
-        if _is_redundant(name, architecture):
-            logger.debug("%s: tensor %s is not needed", source.path, name)
-            continue
-        raise ModelError(
-            f"{source.places[name].file}: tensor {name!r} does not belong to a "
-            f"{architecture.family} model as its config.json describes it"
-        )
-    return source
 
 
 def model_parameters(
@@ -161,11 +116,3 @@ def _fill(
         filled += last - first
     # Only vocabulary parameters have padding, and it is at their end.
     weight[filled:].zero_()
-
-
-def _is_redundant(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor may be in a directory though nothing reads it."""
-    # Old Llama files hold RoPE's frequencies; some tied models hold their embedding twice.
-    return name.endswith(".rotary_emb.inv_freq") or (
-        name == "lm_head.weight" and architecture.tie_word_embeddings
-    )
