@@ -28,7 +28,7 @@ def write_checkpoint_json(
     consumed_sequences: int = 0,
     has_optimizer: bool = False,
 ) -> None:
-    """Write what a checkpoint is.
+    """Write what a checkpoint is, when everything else of it is written.
 
     Args:
         directory: The checkpoint.
@@ -47,5 +47,10 @@ def write_checkpoint_json(
         "vocab_size": vocab_size,
         "padded_vocab_size": padded_vocab_size,
         "dtype": dtype,
+        "files": {
+            str(file.relative_to(directory)): file.stat().st_size
+            for file in sorted(directory.rglob("*"))
+            if file.is_file()
+        },
     }
     write_json(directory / CHECKPOINT_FILE, fields)

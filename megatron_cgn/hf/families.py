@@ -131,12 +131,6 @@ class Parameter:
             local_start += share
 
 
-def padded_vocab_size(vocab_size: int, *, divisible_by: int, tp_size: int) -> int:
-    """Rows of the embedding after padding to a multiple of ``divisible_by × tp_size``."""
-    multiple = divisible_by * tp_size
-    return -(-vocab_size // multiple) * multiple
-
-
 def parameter_table(architecture: Architecture) -> tuple[Parameter, ...]:
     """Every parameter of a model, in Hugging Face order: embedding, layers, norm, head.
 

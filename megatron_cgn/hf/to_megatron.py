@@ -35,12 +35,13 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf.checkpoint_layout import DIST_DIRECTORY, HF_DIRECTORY, write_checkpoint_json
 from megatron_cgn.hf.config import read_architecture
-from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, padded_vocab_size, parameter_table
+from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, parameter_table
 from megatron_cgn.hf.files import check_free_space, copy_side_files, new_directory, write_json
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
 from megatron_cgn.hf.streaming import BLOCK_BYTES, Progress, run_in_threads
 from megatron_cgn.hf.weights import open_weights
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.heads import padded_vocab_size
 
 _FILE_BYTES = 2**30
 """Bytes of one ``.distcp`` file."""
@@ -79,7 +80,7 @@ def convert_to_megatron(
     architecture = read_architecture(source)
     weights = open_weights(source, architecture)
     padded = padded_vocab_size(
-        architecture.vocab_size, divisible_by=make_vocab_size_divisible_by, tp_size=1
+        architecture.vocab_size, multiple=make_vocab_size_divisible_by, tensor_parallel_size=1
     )
     planner = _StreamingPlanner(weights, architecture, padded, progress)
     # Headers, metadata and file system take well below a hundredth.
@@ -132,7 +133,19 @@ def _write_dist(directory: Path, planner: "_StreamingPlanner") -> None:
 def _write_file(
     writer: FileSystemWriter, plan: SavePlan, planner: "_StreamingPlanner"
 ) -> list[WriteResult]:
-    return writer.write_data(plan, planner).wait()
+    """Write one plan's file, with the disk's faults as they were raised.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    try:
+        return writer.write_data(plan, planner).wait()
+    except RuntimeError as error:
+        # PyTorch's archive writer complains of the cut archive while it handles the disk's fault.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
