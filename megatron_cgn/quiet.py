@@ -25,6 +25,11 @@ _WARNINGS = (
     r"When using async grad allreduce it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
 )
 
+_MEGATRON_WARNINGS = (
+    # FP32 with the distributed optimizer: its parameters are views, and their gradient is set.
+    r"The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+)
+
 _LOG_MESSAGES = {
     # GPTModel stays until its successor is stable: docs/adr/0002-gptmodel.md.
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
@@ -32,6 +37,8 @@ _LOG_MESSAGES = {
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
     # An announcement to Megatron-LM's own callers; the layout is computed all the same.
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    # Megatron's fault injector, which we do not use, announces that it is off.
+    "megatron.core.rerun_state_machine": "Rerun",
     # A CUDA toolkit without a GPU is no fault.
     "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
@@ -41,6 +48,8 @@ def quiet_dependencies() -> None:
     """Install the filters. Entry points call it before they import Megatron-Core."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    for message in _MEGATRON_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=r"megatron\.core\.")
     for name, message in _LOG_MESSAGES.items():
         logging.getLogger(name).addFilter(_without(message))
 

@@ -94,9 +94,9 @@ def _index(model: Path, data_dir: Path) -> dict[str, dict[str, Any]]:
             path.write_text("".join(line + "\n" for line in chosen), "utf-8")
             summary = preprocess([path], tokenizer_dir=model, output_prefix=path.with_suffix(""))
             counts[f"{name}_{part}"] = {
-                "documents": summary.documents,
-                "tokens": summary.tokens,
-                "bytes": summary.text_bytes,
+                "documents": summary.sidecar.documents,
+                "tokens": summary.sidecar.tokens,
+                "bytes": summary.sidecar.text_bytes,
             }
     return counts
 

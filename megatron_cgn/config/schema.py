@@ -14,9 +14,9 @@ class ModelConfig:
     """Which model, and how it starts."""
 
     hf_path: str | None = None
-    """Hugging Face directory: ``config.json``, tokenizer and (for ``init=from_hf``) weights."""
+    """Hugging Face directory (``config.json``, tokenizer, weights), or a checkpoint of ours."""
     init: Literal["from_hf", "random"] = "from_hf"
-    """``from_hf`` loads the directory's weights; ``random`` draws them from the seed."""
+    """``from_hf`` loads the weights of ``hf_path``; ``random`` draws them from the seed."""
     backend: Literal["auto", "native", "te"] = "auto"
     """Layers: ``te`` (Transformer Engine), ``native`` (PyTorch), or TE where it can run."""
     make_vocab_size_divisible_by: int = 128

@@ -73,6 +73,11 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of ours, rather than a Hugging Face directory."""
+    return (directory / "checkpoint.json").is_file()
+
+
 def find_latest(root: Path) -> Path | None:
     """The newest complete checkpoint below `root`, or None.
 
@@ -90,9 +95,7 @@ def _complete(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and not p.is_symlink()]
-    return sorted(
-        (p for p in found if (p / "checkpoint.json").is_file()), key=lambda p: int(p.name[5:])
-    )
+    return sorted((p for p in found if is_checkpoint(p)), key=lambda p: int(p.name[5:]))
 
 
 def read_info(directory: Path) -> CheckpointInfo:

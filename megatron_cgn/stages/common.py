@@ -13,6 +13,7 @@ from megatron_cgn.config.load import dump_config
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.config.validate import validate_architecture
 from megatron_cgn.engine.callbacks import Callback
+from megatron_cgn.engine.checkpoint import is_checkpoint
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
 from megatron_cgn.hf.config import read_architecture
@@ -25,10 +26,16 @@ logger = logging.getLogger(__name__)
 _HF_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
-def model_path(run: RunConfig) -> Path:
+def start_path(run: RunConfig) -> Path:
     """``model.hf_path``, which validation has demanded."""
     assert run.model.hf_path is not None
     return Path(run.model.hf_path)
+
+
+def model_path(run: RunConfig) -> Path:
+    """Where the model's ``config.json`` and tokenizer are, also if it starts from a checkpoint."""
+    start = start_path(run)
+    return start / "hf" if is_checkpoint(start) else start
 
 
 def checkpoint_dir(run: RunConfig) -> Path:
@@ -55,11 +62,16 @@ def open_architecture(run: RunConfig) -> Architecture:
 
 
 def load_start(engine: Engine) -> None:
-    """Give the model its first weights: from the Hugging Face directory, unless random."""
-    if engine.run.model.init == "from_hf":
+    """Give the model its first weights: from ``model.hf_path``, unless they are random."""
+    if engine.run.model.init == "random":
+        return
+    start = start_path(engine.run)
+    if is_checkpoint(start):
+        engine.load_model(start)
+    else:
         load_weights(
             engine.chunks,
-            model_path(engine.run),
+            start,
             architecture=engine.architecture,
             groups=engine.state.groups,
         )
