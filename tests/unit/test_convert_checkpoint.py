@@ -1,0 +1,216 @@
+"""The streaming conversion, both ways, and what it does when something is wrong."""
+
+import json
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hf_samples import assert_same_bytes, read_tensors, write_sample
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_cgn.errors import CheckpointError, ModelError
+from megatron_cgn.hf import to_hf, to_megatron
+from megatron_cgn.hf.to_hf import convert_to_hf
+from megatron_cgn.hf.to_megatron import convert_to_megatron
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+
+
+@pytest.fixture(params=["large blocks", "small blocks"])
+def _block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also cut tensors where real ones are cut: within parts, and within a query head."""
+    if request.param == "small blocks":
+        monkeypatch.setattr(to_megatron, "BLOCK_BYTES", 300)
+        monkeypatch.setattr(to_megatron, "_FILE_BYTES", 5000)
+        monkeypatch.setattr(to_hf, "BLOCK_BYTES", 500)
+
+
+@pytest.mark.usefixtures("_block_size")
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "tied", "files"),
+    [
+        ("llama", torch.bfloat16, False, 2),
+        ("llama", torch.float32, True, 1),
+        ("mistral", torch.float16, False, 1),
+        ("qwen2", torch.bfloat16, True, 1),
+        ("qwen3", torch.bfloat16, False, 3),
+    ],
+)
+def test_both_ways_give_the_same_bytes(
+    tmp_path: Path, model_type: str, dtype: torch.dtype, tied: bool, files: int
+) -> None:
+    source = tmp_path / "hf"
+    values = write_sample(source, model_type=model_type, dtype=dtype, tied=tied, files=files)
+    told: list[int] = []
+    convert_to_megatron(source, tmp_path / "ckpt", progress=told.append)
+    # Padding is written too: 77 rows become 128.
+    padding = (128 - 77) * 24 * dtype.itemsize * (1 if tied else 2)
+    assert sum(told) == to_megatron.converted_bytes(source) + padding
+    told.clear()
+    convert_to_hf(tmp_path / "ckpt", tmp_path / "back", max_shard_bytes=9000, progress=told.append)
+    assert sum(told) == to_hf.converted_bytes(tmp_path / "ckpt")
+    assert_same_bytes(read_tensors(tmp_path / "back"), values)
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == values.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in values.values())
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        expected = json.loads((source / name).read_text())
+        assert json.loads((tmp_path / "back" / name).read_text()) == expected
+
+
+def test_the_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    write_sample(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt", make_vocab_size_divisible_by=50)
+    fields = json.loads((tmp_path / "ckpt" / "checkpoint.json").read_text())
+    files = fields.pop("files")
+    assert fields == {
+        "format": 1,
+        "step": 0,
+        "consumed_sequences": 0,
+        "has_optimizer": False,
+        "vocab_size": 77,
+        "padded_vocab_size": 100,
+        "dtype": "bfloat16",
+    }
+    found = {p for p in (tmp_path / "ckpt").rglob("*") if p.is_file()}
+    assert {tmp_path / "ckpt" / name for name in files} == found - {
+        tmp_path / "ckpt" / "checkpoint.json"
+    }
+    assert all((tmp_path / "ckpt" / name).stat().st_size == size for name, size in files.items())
+    metadata = FileSystemReader(tmp_path / "ckpt" / "dist").read_metadata()
+    embedding = metadata.state_dict_metadata["embedding.word_embeddings.weight"]
+    assert tuple(embedding.size) == (100, 24)
+
+
+def test_casts_when_asked(tmp_path: Path) -> None:
+    values = write_sample(tmp_path / "hf", dtype=torch.float32)
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    convert_to_hf(tmp_path / "ckpt", tmp_path / "back", dtype=torch.bfloat16)
+    expected = {name: value.to(torch.bfloat16) for name, value in values.items()}
+    assert_same_bytes(read_tensors(tmp_path / "back"), expected)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_a_mixed_model_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    values = write_sample(tmp_path / "hf")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file(values | {name: values[name].float()}, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"'model.layers.1.self_attn.k_proj.weight' is torch.fl"):
+        convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    write_sample(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    data = tmp_path / "ckpt" / "dist" / "__0_0.distcp"
+    whole = data.read_bytes()
+
+    data.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: has \d+ bytes.*needs \d+"):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    data.write_bytes(b"\0" * len(whole))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    (tmp_path / "ckpt" / "dist" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"\.metadata: not the metadata"):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    with pytest.raises(CheckpointError, match="holds no checkpoint.json"):
+        convert_to_hf(tmp_path / "hf", tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_sample(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    config = tmp_path / "ckpt" / "hf" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"intermediate_size": 48}))
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight' has shape \(3, 80, 24\).*96"):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    config.write_text(json.dumps(fields | {"model_type": "qwen3"}))
+    with pytest.raises(CheckpointError, match=r"q_layernorm.weight' is missing"):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+
+
+def test_too_little_space_is_found_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    write_sample(tmp_path / "hf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=1000))
+    with pytest.raises(CheckpointError, match="needs 0.00 GiB, but only"):
+        convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """Run the command line in this process, because importing torch anew takes seconds."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_command_line_writes_refuses_and_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = write_sample(tmp_path / "hf")
+    to_checkpoint = ("to-megatron", "--input", tmp_path / "hf", "--output", tmp_path / "ckpt")
+    assert _run(monkeypatch, *to_checkpoint) == 0
+    assert capfd.readouterr() == (f"wrote {tmp_path / 'ckpt'}\n", "")
+    (tmp_path / "ckpt" / "marker").touch()
+
+    assert _run(monkeypatch, *to_checkpoint) == 2
+    refusal = capfd.readouterr().err
+    assert refusal.startswith("error: ") and refusal.count("\n") == 1
+    assert "--overwrite" in refusal
+    assert (tmp_path / "ckpt" / "marker").exists()
+
+    assert _run(monkeypatch, *to_checkpoint, "--overwrite") == 0
+    assert not (tmp_path / "ckpt" / "marker").exists()
+    back = ("to-hf", "--input", tmp_path / "ckpt", "--output", tmp_path / "back")
+    assert _run(monkeypatch, *back) == 0
+    assert_same_bytes(read_tensors(tmp_path / "back"), values)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
+
+
+def test_a_disk_that_refuses_leaves_the_previous_output_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = write_sample(tmp_path / "hf", dtype=torch.float32)
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    before = sorted(tmp_path.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for direction, source, target in (("to-megatron", "hf", "ckpt"), ("to-hf", "ckpt", "back")):
+        args = (direction, "--input", tmp_path / source, "--output", tmp_path / target)
+        # The kernel refuses every write beyond this size, in the middle of the weights.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        try:
+            code = _run(monkeypatch, *args, "--overwrite")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        message = capfd.readouterr().err
+        assert code == 2
+        assert message.count("\n") == 1
+        assert "could not be written: File too large" in message
+        assert sorted(tmp_path.rglob("*")) == before
+    assert_same_bytes(read_tensors(tmp_path / "back"), values)
+
+
+def test_help_runs_in_a_process_of_its_own_and_shows_an_example() -> None:
+    done = subprocess.run([sys.executable, TOOL, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "convert_checkpoint.py to-megatron --input" in done.stdout
