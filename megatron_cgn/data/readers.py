@@ -115,13 +115,16 @@ def _read_lines(source: int, path: Path) -> Iterator[Block]:
 
 def _read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
     """Decompressed pieces of a file, and how far into the compressed file each reaches."""
-    with path.open("rb") as raw:
+    # Unbuffered: a buffered read of a pipe goes on in C until it is filled, deaf to signals.
+    with path.open("rb", buffering=0) as raw:
         if path.suffix == ".zst":
             yield from _read_zstd(path, raw)
             return
         stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        reached = 0
         while piece := stream.read(BLOCK_BYTES):
-            yield piece, raw.tell()
+            reached = reached + len(piece) if stream is raw else raw.tell()  # pipes cannot tell
+            yield piece, reached
 
 
 def _read_zstd(path: Path, raw: Any) -> Iterator[tuple[bytes, int]]:

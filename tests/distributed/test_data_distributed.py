@@ -1,0 +1,63 @@
+"""Pre-training data in several processes: one order for all, one fault for all."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_cgn.config.schema import DataConfig, SourceConfig
+from megatron_cgn.data.pretrain import build_pretraining_data
+from megatron_cgn.errors import DataError
+from megatron_cgn.testing import run_distributed
+from tests.unit.data_samples import byte_level_tokenizer, numbered_documents, write_index
+from tokenizer.wrapper import Tokenizer
+
+
+def build(folder: Path, name: str, cache: str) -> list[list[int]]:
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    sources = (
+        SourceConfig(name="a", path=str(folder / name), weight=0.7),
+        SourceConfig(name="b", path=str(folder / "b"), weight=0.3),
+    )
+    data = build_pretraining_data(
+        DataConfig(sources=sources, seq_length=8, validation_fraction=0.1),
+        tokenizer=tokenizer,
+        train_sequences=60,
+        seed=3,
+        cache_dir=folder / cache,
+    )
+    return [data.train[i]["tokens"].tolist() for i in range(60)]
+
+
+def every_rank(folder: Path) -> tuple[list[list[int]], list[str]]:
+    """Build once whole, then with faults that only one rank meets."""
+    dist.init_process_group("gloo")
+    rows = build(folder, "a", "cache")
+    messages = []
+    for name, cache in (
+        (f"only-for-others-{dist.get_rank()}", "cache"),  # rank 1's source is missing
+        ("a", "blocked/cache"),  # only rank 0 writes the cache
+    ):
+        try:
+            build(folder, name, cache)
+        except DataError as error:
+            messages.append(str(error))
+    dist.destroy_process_group()
+    return rows, messages
+
+
+def test_ranks_agree_on_order_and_on_faults(tmp_path: Path) -> None:
+    fingerprint = Tokenizer.from_pretrained(
+        byte_level_tokenizer(tmp_path / "tokenizer")
+    ).fingerprint()
+    for name, start in (("a", 1), ("b", 500), ("only-for-others-0", 1)):
+        documents = numbered_documents([7, 9, 3, 12, 8, 5, 6, 11, 4, 10], start=start)
+        write_index(tmp_path / name, documents, fingerprint=fingerprint)
+    (tmp_path / "blocked").write_text("a file where a directory should be")
+
+    alone = build(tmp_path, "a", "other-cache")
+    results = run_distributed(every_rank, 2, tmp_path)
+    for rows, messages in results:
+        assert rows == alone
+        assert len(messages) == 2
+        assert "only-for-others-1.bin: there is no such file" in messages[0]
+        assert "cannot write the shuffled indices" in messages[1]

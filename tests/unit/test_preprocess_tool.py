@@ -1,0 +1,169 @@
+"""tools/preprocess_data.py from the outside: output, independence of workers, faults, kills."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_cgn.data.indexed import check_index, map_tokens
+from megatron_cgn.data.preprocess import preprocess
+from megatron_cgn.errors import DataError
+from tests.unit.data_samples import TEXTS, byte_level_tokenizer
+from tokenizer.wrapper import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_level_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 2.5 MB in documents of very different lengths, some empty: several blocks."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with path.open("w", encoding="utf-8") as stream:
+        for i in range(3000):
+            text = "" if i % 100 == 7 else TEXTS[i % len(TEXTS)] * (1 + i % 30)
+            stream.write(json.dumps({"body": text}, ensure_ascii=i % 2 == 0) + "\n")
+    return path
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, **options
+    )
+
+
+def test_three_workers_write_what_one_writes(
+    tmp_path: Path, tokenizer_dir: Path, corpus: Path
+) -> None:
+    common = ("--input", corpus, corpus, "--tokenizer", tokenizer_dir, "--field", "body")
+    alone = run(*common, "--output-prefix", tmp_path / "a")
+    shared = run(*common, "--output-prefix", tmp_path / "b", "--workers", 3)
+    assert (alone.returncode, shared.returncode) == (0, 0), alone.stderr + shared.stderr
+    for suffix in (".bin", ".idx", ".json"):
+        a, b = ((tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
+        assert a == b, suffix
+
+    # The truth, computed here: each non-empty text's own ids, then the end of the document.
+    tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
+    texts = [json.loads(line)["body"] for line in corpus.read_text().split("\n") if line]
+    ids = [[*tokenizer.encode(text), tokenizer.eod_id] for text in texts if text] * 2
+    info = check_index(tmp_path / "a", tokenizer_fingerprint=tokenizer.fingerprint())
+    assert info.lengths.tolist() == [len(document) for document in ids]
+    assert np.array_equal(map_tokens(info), np.concatenate(ids))
+    assert info.sidecar.text_bytes == 2 * sum(len(text.encode()) for text in texts)
+    assert [(s.name, s.documents) for s in info.sidecar.sources] == [("corpus.jsonl", 2970)] * 2
+    assert "documents                  5,940" in alone.stdout
+    assert "empty, skipped                60" in alone.stdout
+    assert alone.stderr == shared.stderr == ""  # no bar off a terminal, no warnings
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_without_end_of_document(tmp_path: Path, tokenizer_dir: Path) -> None:
+    source = tmp_path / "c.jsonl"
+    source.write_text(json.dumps({"text": TEXTS[0]}))
+    preprocess(
+        [source], tokenizer_dir=tokenizer_dir, output_prefix=tmp_path / "p", append_eod=False
+    )
+    tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
+    info = check_index(tmp_path / "p")
+    assert map_tokens(info).tolist() == tokenizer.encode(TEXTS[0])
+    assert info.sidecar.eod_id is None
+
+
+def test_faults_end_with_one_message_and_leave_nothing(
+    tmp_path: Path, tokenizer_dir: Path, corpus: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes(corpus.read_bytes() + b'{"body": }\n')
+    out = tmp_path / "out" / "p"
+    common = ("--tokenizer", tokenizer_dir, "--output-prefix", out)
+    for workers in (1, 2):
+        result = run("--input", bad, *common, "--field", "body", "--workers", workers)
+        assert result.returncode == 2
+        assert "bad.jsonl, line 3001: not valid JSON" in result.stderr
+        assert len(result.stderr.splitlines()) == 1 and result.stdout == ""
+        assert list(out.parent.iterdir()) == []
+    result = run("--input", corpus, *common)
+    assert (result.returncode, "line 1: no field 'text'" in result.stderr) == (2, True)
+    result = run("--input", tmp_path / "absent.jsonl", *common)
+    assert (result.returncode, "there is no such input" in result.stderr) == (2, True)
+    result = run("--input", corpus, "--tokenizer", tmp_path, "--output-prefix", out)
+    assert (result.returncode, "no tokenizer here" in result.stderr) == (2, True)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_nothing_but_empty_documents_is_a_fault(tmp_path: Path, tokenizer_dir: Path) -> None:
+    source = tmp_path / "c.jsonl"
+    source.write_text('{"text": ""}\n\n')
+    with pytest.raises(DataError, match=r"c\.jsonl: no documents \(1 empty ones\)"):
+        preprocess([source], tokenizer_dir=tokenizer_dir, output_prefix=tmp_path / "p")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_a_disk_that_refuses_leaves_the_old_index(
+    tmp_path: Path, tokenizer_dir: Path, corpus: Path
+) -> None:
+    small = tmp_path / "c.jsonl"
+    small.write_text(json.dumps({"text": TEXTS[0]}))
+    preprocess([small], tokenizer_dir=tokenizer_dir, output_prefix=tmp_path / "p")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    arguments = ("--input", corpus, "--tokenizer", tokenizer_dir, "--field", "body")
+    output = ("--output-prefix", tmp_path / "p")
+    result = run(*arguments, *output, "--overwrite", preexec_fn=limit)
+    assert result.returncode == 2
+    assert "cannot write the index (File too large)" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    result = run(*arguments, *output)
+    assert (result.returncode, "exists already" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_termination_removes_what_was_begun(
+    tmp_path: Path, tokenizer_dir: Path, workers: int
+) -> None:
+    pipe, out = tmp_path / "slow.jsonl", tmp_path / "out"
+    os.mkfifo(pipe)
+    arguments = ["--input", pipe, "--tokenizer", tokenizer_dir, "--output-prefix", out / "p"]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments), "--workers", str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    with pipe.open("w") as stream:
+        stream.write((json.dumps({"text": TEXTS[0]}) + "\n") * 40_000)
+        stream.flush()
+        deadline = time.monotonic() + 60
+        while not out.exists() or not any(path.stat().st_size for path in out.iterdir()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "preprocess_data: interrupted; nothing was written.\n"
+    assert list(out.iterdir()) == []
+
+
+def test_help_shows_an_example() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    assert "--output-prefix data/domain --workers 8" in result.stdout
