@@ -104,7 +104,7 @@ class Engine:
             precision=run.precision,
             recompute=run.train.recompute,
         )
-        self.chunks: list[GPTModel] = build_model(
+        self._chunks: list[GPTModel] = build_model(
             architecture,
             config=self.model_config,
             groups=state.groups,
@@ -116,6 +116,22 @@ class Engine:
         self._wrapped: list[DistributedDataParallel] = []
         self._optimizer: Any = None
         self._metric_names: list[str] | None = None
+        self._gather_pending = False
+        self._optimizer_steps = 0
+
+    @property
+    def chunks(self) -> list[GPTModel]:
+        """This rank's model chunks, with every weight up to date.
+
+        Collective over dp_cp after a step with ``overlap_param_gather``, which otherwise leaves
+        the other data-parallel ranks' share of the weights to the next forward pass.
+        """
+        if self._gather_pending:
+            self._gather_pending = False
+            with torch.no_grad():
+                for wrapped in self._wrapped:
+                    wrapped.start_param_sync(force_sync=True)
+        return self._chunks
 
     def prepare_training(self) -> None:
         """Wrap the model for data parallelism and build the optimizer from its weights.
@@ -174,7 +190,9 @@ class Engine:
             TrainingForwardStep(objective, self.state), self._wrapped, micro_batches
         )
         success, grad_norm, _ = self._optimizer.step()
+        self._gather_pending = self.run.parallel.overlap_param_gather
         self.step += 1
+        self._optimizer_steps += bool(success)
         metrics, count = self._reduce(reports) if reduce_metrics else ({}, 0)
         return StepReport(
             step=self.step,
@@ -269,8 +287,17 @@ class Engine:
         }
         return metrics, int(totals[names.index(LOSS)][1])
 
+    def gather_parameters(self) -> None:
+        """Bring weights up to date that ``overlap_param_gather`` would gather in the next step.
+
+        Call it before anyone reads the weights other than by a forward pass.
+        """
+        if self.run.parallel.overlap_param_gather:
+            for chunk in self._wrapped:
+                chunk.start_param_sync(force_sync=True)
+
     def model_state(self) -> ShardedStateDict:
-        """The weights as sharded tensors that share memory with the model. Not collective."""
+        """The weights as sharded tensors that share memory with the model; see `chunks`."""
         if len(self.chunks) == 1:
             return {"model": self.chunks[0].sharded_state_dict()}
         return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self.chunks)}
@@ -296,6 +323,7 @@ class Engine:
             CheckpointError: On every rank, if it could not be written.
         """
         keep = self.run.checkpoint
+        self.gather_parameters()
         sharded = self.model_state()
         sharded["rng"] = ckpt.per_rank_object("rng_state", rng_state())
         has_master = False
@@ -310,6 +338,7 @@ class Engine:
             has_master = optimizer_state.has_master_weights(self._optimizer)
         info = ckpt.CheckpointInfo(
             step=self.step,
+            optimizer_steps=self._optimizer_steps,
             consumed_sequences=self.consumed_sequences,
             has_optimizer=keep.save_optimizer,
             has_master_weights=has_master,
@@ -373,15 +402,18 @@ class Engine:
             )
         loaded = ckpt.load_checkpoint(directory, sharded)
         self._put_weights(loaded)
-        if not info.has_master_weights:
-            self._optimizer.reload_model_params()
-        optimizer_state.fill_optimizer_state(self._optimizer, loaded["optimizer"], info.step)
+        exact = dict(loaded["optimizer"])
+        if not info.has_master_weights and optimizer_state.has_master_weights(self._optimizer):
+            masters = optimizer_state.empty_master_weights(self._optimizer, self.model_state())
+            exact |= ckpt.load_checkpoint(directory, masters)
+        optimizer_state.fill_optimizer_state(self._optimizer, exact, info.optimizer_steps)
         for leaf, scaler in zip(leaves(self._optimizer), loaded["grad_scaler"], strict=False):
             if scaler is not None and getattr(leaf, "grad_scaler", None):
                 leaf.grad_scaler.load_state_dict(scaler)
         if same_layout:
             set_rng_state(loaded["rng"])
         self.step = info.step
+        self._optimizer_steps = info.optimizer_steps
         self.consumed_sequences = info.consumed_sequences
 
     def _put_weights(self, loaded: dict[str, Any]) -> None:
@@ -398,7 +430,7 @@ class Engine:
         return {
             "tp": groups.tp.size(),
             "pp": groups.pp.size(),
-            "vp": len(self.chunks),
+            "vp": len(self._chunks),
             "cp": groups.cp.size(),
             "dp": groups.dp.size(),
         }

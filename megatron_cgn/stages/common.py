@@ -163,6 +163,7 @@ def export(engine: Engine) -> Path | None:
     run = engine.run
     if not run.export.enabled:
         return None
+    engine.gather_parameters()
     target = Path(run.output_dir) / "export"
     export_weights(
         engine.chunks,

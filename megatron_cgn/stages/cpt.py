@@ -5,6 +5,7 @@ byte of every source.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from megatron_cgn.batch import TokenBatch
 from megatron_cgn.config.schema import RunConfig
-from megatron_cgn.data.blend import plan_sources, train_sequences_for_epochs
+from megatron_cgn.data.blend import SourceAccount, plan_sources, train_sequences_for_epochs
 from megatron_cgn.data.loader import SequentialLoader, ValidationLoader
 from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data
 from megatron_cgn.engine.engine import Engine
@@ -111,6 +112,8 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         tokens_per_step=run.train.global_batch_size * run.data.seq_length,
         resumed_from=resumed,
     )
+    for callback in callbacks:
+        callback.on_message(_describe(data.account))
     loader = SequentialLoader(
         data.train,
         micro_batch_size=run.train.micro_batch_size,
@@ -136,6 +139,17 @@ def _validation_loaders(
         )
         for name, windows in data.validation.items()
     }
+
+
+def _describe(account: Sequence[SourceAccount]) -> str:
+    """Say what the run will read of each source."""
+    width = max(len(a.name) for a in account)
+    return "\n".join(
+        f"source {a.name:<{width}}  {a.share:6.1%} of training  {a.sequences:,} sequences, "
+        f"{a.epochs:.2f} epochs of {a.training_tokens:,} tokens; "
+        f"{a.validation_tokens:,} tokens held out"
+        for a in account
+    )
 
 
 def _fit(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> dict[str, Any]:
