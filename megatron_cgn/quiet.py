@@ -21,6 +21,8 @@ _WARNINGS = (
     r"Please use DTensor instead and we are deprecating ShardedTensor",
     # recompute=selective is what was asked for, and its meaning is documented there.
     r"If you are using transformer_engine as the transformer implementation",
+    # True of a run that torchrun did not start: it is rank 0.
+    r"Could not determine rank from torch.distributed",
     # Only useful with CUDA, where `parallel/state.py` sets the variable.
     r"When using async grad allreduce it is recommended to set .* CUDA_DEVICE_MAX_CONNECTIONS",
 )

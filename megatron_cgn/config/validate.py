@@ -3,10 +3,13 @@
 Every fault says where, which value, which limit, and what to do.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
-from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.config.schema import DataConfig, RunConfig
 from megatron_cgn.errors import ConfigError
 
 
@@ -39,7 +42,7 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *_model(run),
         *_layout(run, world_size),
         *_batch(run, world_size),
-        *_data(run),
+        *data_faults(run.data),
         *_optim(run),
         *_checkpoint(run),
     ]
@@ -179,37 +182,65 @@ def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
             yield _at_least(f"train.{name}", 1, run)
 
 
-def _data(run: RunConfig) -> Iterator[str]:
-    sources = run.data.sources
-    if not sources:
-        yield (
-            "data.sources: empty; give at least one, e.g. "
-            "'data.sources=[{name: domain, path: data/domain, weight: 0.8}]'."
-        )
-    names = [source.name for source in sources]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        yield f"data.sources: the name {name!r} appears more than once; names must differ."
-    for index, source in enumerate(sources):
-        if source.weight <= 0:
-            yield f"data.sources.{index}.weight: {source.weight}; must be above 0."
+def data_faults(data: DataConfig) -> Iterator[str]:
+    """Find what is wrong with the sources whatever their files hold.
+
+    Args:
+        data: The settings.
+
+    Yields:
+        A message a fault.
+    """
+    if not data.sources:
+        yield "data.sources is empty. Name at least one source: {name, path, weight}."
+        return
+    names = Counter(source.name for source in data.sources)
+    yield from (
+        f"data.sources: the name {name!r} is given {count} times. Names must differ."
+        for name, count in names.items()
+        if count > 1
+    )
+    paths = Counter(_resolved(source.path) for source in data.sources)
+    yield from (
+        f"data.sources: the path {path!r} is given {count} times. Give it once, with the weights "
+        "added up."
+        for path, count in paths.items()
+        if count > 1
+    )
+    for source in data.sources:
+        held_out = source.validation_path
+        if held_out is not None and _resolved(held_out) in paths:
+            yield (
+                f"data.sources[{source.name}].validation_path={held_out!r} is also trained on. "
+                "Hold out other documents, or set data.validation_fraction instead."
+            )
+        if not (math.isfinite(source.weight) and source.weight >= 0):
+            yield f"data.sources[{source.name}].weight={source.weight}: must be 0 or more."
+        if source.weight == 0 and held_out is None and not data.validation_fraction:
+            yield (
+                f"data.sources[{source.name}].weight=0 and nothing of it is held out, so it has "
+                "no effect. Remove the source or give it a weight or a validation_path."
+            )
+    if all(source.weight == 0 for source in data.sources):
+        yield "data.sources: every weight is 0. Give at least one source a weight above 0."
+    for index, source in enumerate(data.sources):
         if not source.name or "/" in source.name:
             yield f"data.sources.{index}.name: {source.name!r}; must be a word without slashes."
-    if not 0 <= run.data.validation_fraction < 1:
+    if not 0 <= data.validation_fraction < 1:
         yield (
-            f"data.validation_fraction: {run.data.validation_fraction}; must be at least 0 and "
-            "below 1."
+            f"data.validation_fraction={data.validation_fraction}: must be at least 0 and below 1."
         )
-    elif (
-        run.data.validation_fraction > 0
-        and sources
-        and all(source.validation_path is not None for source in sources)
-    ):
+    elif data.validation_fraction and all(s.validation_path is not None for s in data.sources):
         yield (
-            "data.validation_fraction: has no effect, since every source has a validation_path; "
-            "set it to 0."
+            f"data.validation_fraction={data.validation_fraction}: has no effect, since every "
+            "source has a validation_path. Set it to 0."
         )
-    if run.data.num_workers < 0:
-        yield _at_least("data.num_workers", 0, run)
+    if data.num_workers < 0:
+        yield f"data.num_workers: {data.num_workers}; must be at least 0."
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).resolve())
 
 
 def _optim(run: RunConfig) -> Iterator[str]:

@@ -4,12 +4,11 @@ Arithmetic over checked indices only: the datasets themselves are built in ``pre
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_cgn.config.schema import DataConfig, SourceConfig
+from megatron_cgn.config.validate import data_faults
 from megatron_cgn.data.indexed import IndexInfo, check_index
 from megatron_cgn.errors import ConfigError, DataError, UserError
 
@@ -166,52 +165,9 @@ def account_for(
 
 def _check_settings(data: DataConfig) -> None:
     """Refuse settings that are wrong whatever the files hold; all faults at once."""
-    faults = list(_setting_faults(data))
+    faults = list(data_faults(data))
     if faults:
         raise ConfigError("\n".join(faults))
-
-
-def _setting_faults(data: DataConfig) -> Iterator[str]:
-    if not data.sources:
-        yield "data.sources is empty. Name at least one source: {name, path, weight}."
-        return
-    names = Counter(source.name for source in data.sources)
-    yield from (
-        f"data.sources: the name {name!r} is given {count} times. Names must differ."
-        for name, count in names.items()
-        if count > 1
-    )
-    paths = Counter(_resolved(source.path) for source in data.sources)
-    yield from (
-        f"data.sources: the path {path!r} is given {count} times. Give it once, with the weights "
-        "added up."
-        for path, count in paths.items()
-        if count > 1
-    )
-    for source in data.sources:
-        held_out = source.validation_path
-        if held_out is not None and _resolved(held_out) in paths:
-            yield (
-                f"data.sources[{source.name}].validation_path={held_out!r} is also trained on. "
-                "Hold out other documents, or set data.validation_fraction instead."
-            )
-        if not (math.isfinite(source.weight) and source.weight >= 0):
-            yield f"data.sources[{source.name}].weight={source.weight}: must be 0 or more."
-        if source.weight == 0 and held_out is None and not data.validation_fraction:
-            yield (
-                f"data.sources[{source.name}].weight=0 and nothing of it is held out, so it has "
-                "no effect. Remove the source or give it a weight or a validation_path."
-            )
-    if all(source.weight == 0 for source in data.sources):
-        yield "data.sources: every weight is 0. Give at least one source a weight above 0."
-    if not 0 <= data.validation_fraction < 1:
-        yield (
-            f"data.validation_fraction={data.validation_fraction}: must be at least 0 and below 1."
-        )
-
-
-def _resolved(path: str) -> str:
-    return str(Path(path).resolve())
 
 
 def _plan_source(

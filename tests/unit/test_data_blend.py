@@ -47,7 +47,7 @@ def test_the_last_documents_are_held_out(ten: str, three: str) -> None:
 
 
 def test_a_validation_path_is_held_out_whole(ten: str, three: str) -> None:
-    data = config(SourceConfig(name="a", path=ten, validation_path=three), fraction=0.5)
+    data = config(SourceConfig(name="a", path=ten, validation_path=three))
     (plan,) = plan_sources(data)
     assert plan.validation is not None
     assert (len(plan.training), plan.validation.tokens) == (10, 15)
