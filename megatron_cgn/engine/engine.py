@@ -5,6 +5,7 @@ not know what is trained on (`stages/`), which loss it is (`objectives/`) or who
 (`callbacks.py`).
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ from megatron_cgn.parallel.seed import rng_state, seed_everything, set_rng_state
 from megatron_cgn.parallel.state import ParallelState
 
 logger = logging.getLogger(__name__)
+
+_SCORED_PER_STAGE = 4
+"""Micro-batches that `Engine.score` sends through the pipeline at once, times its stages."""
 
 B = TypeVar("B")
 
@@ -224,9 +228,17 @@ class Engine:
         for chunk in chunks:
             chunk.eval()
         function = ScoringForwardStep(forward_args, self.state)
-        for batch in batches:
-            outputs = self._schedule(function, chunks, [batch], forward_only=True)
-            yield batch, self._from_last_stage(outputs, forward_args(batch))
+        pp_size = self.state.groups.pp.size()
+        # Several at a time keep all pipeline stages busy; their outputs are small.
+        group_size = 1 if pp_size == 1 else _SCORED_PER_STAGE * pp_size
+        for group in itertools.batched(batches, group_size):
+            # The interleaved schedule only takes multiples of the pipeline's size.
+            missing = -len(group) % pp_size if len(chunks) > 1 else 0
+            padded = [*group, *itertools.repeat(group[-1], missing)]
+            outputs = self._schedule(function, chunks, padded, forward_only=True)
+            for index, batch in enumerate(group):
+                output = outputs[index] if self.state.is_last_stage else None
+                yield batch, self._from_last_stage(output, forward_args(batch))
 
     def _half_chunks(self) -> Sequence[torch.nn.Module]:
         """The chunks as `prepare_training` would wrap them, for an engine that only scores."""
@@ -236,10 +248,10 @@ class Engine:
 
         return [Float16Module(self.model_config, chunk) for chunk in self.chunks]
 
-    def _from_last_stage(self, outputs: list[Any], args: ForwardArgs) -> Tensor:
+    def _from_last_stage(self, scored: Tensor | None, args: ForwardArgs) -> Tensor:
         """Bring an output ``[B, S / cp]`` from the last stage to all ranks, as ``[B, S]``."""
-        if self.state.is_last_stage:
-            output: Tensor = outputs[0].float().contiguous()
+        if scored is not None:
+            output = scored.float().contiguous()
         else:
             batch_size, length = args.tokens.shape
             shape = (batch_size, length // self.state.cp_size)
