@@ -231,7 +231,7 @@ class Engine:
         pp_size = self.state.groups.pp.size()
         # Several at a time keep all pipeline stages busy; their outputs are small.
         group_size = 1 if pp_size == 1 else _SCORED_PER_STAGE * pp_size
-        for group in itertools.batched(batches, group_size):
+        for group in _groups(batches, group_size):
             # The interleaved schedule only takes multiples of the pipeline's size.
             missing = -len(group) % pp_size if len(chunks) > 1 else 0
             padded = [*group, *itertools.repeat(group[-1], missing)]
@@ -446,6 +446,12 @@ class Engine:
             "cp": groups.cp.size(),
             "dp": groups.dp.size(),
         }
+
+
+def _groups[B](batches: Iterable[B], limit: int) -> Iterator[tuple[B, ...]]:
+    """Up to `limit` batches at a time, each group of one shape: a pipeline's messages have one."""
+    for _, same in itertools.groupby(batches, key=_shape):
+        yield from itertools.batched(same, limit)
 
 
 def _shape(batch: Any) -> tuple[int, int]:
