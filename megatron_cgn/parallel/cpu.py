@@ -169,6 +169,11 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_factories() -> None:
+    # `with torch.device("meta")` knows the factories by identity, from a list that it makes at its
+    # first use. The wrappers call the originals, so those must be on it: otherwise `transformers`
+    # would load models whose RoPE frequencies are whatever the memory held.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
