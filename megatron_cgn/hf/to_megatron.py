@@ -114,15 +114,9 @@ def _write_dist(directory: Path, planner: "_StreamingPlanner") -> None:
     plans, metadata = planner.create_global_plan(planner.create_local_plans())
     plans = writer.prepare_global_plan(plans)
     writer.prepare_local_plan(plans[0])
-    # A checksum reads every byte once more than copying does, and no reader looks at it.
-    checksums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        results = run_in_threads(
-            [functools.partial(_write_file, writer, plan, planner) for plan in plans]
-        )
-    finally:
-        torch.serialization.set_crc32_options(checksums)
+    results = run_in_threads(
+        [functools.partial(_write_file, writer, plan, planner) for plan in plans]
+    )
     writer.finish(metadata, results)
     torch.save({"iteration": 0, "checkpoint_version": 3.0}, directory / "common.pt")
     write_json(
@@ -138,6 +132,9 @@ def _write_file(
     Raises:
         OSError: If the disk refuses.
     """
+    # A checksum reads every byte once more than copying does, and no reader looks at it. The
+    # option is this thread's own, and the thread ends with the conversion.
+    torch.serialization.set_crc32_options(False)
     try:
         return writer.write_data(plan, planner).wait()
     except RuntimeError as error:
