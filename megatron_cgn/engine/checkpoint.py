@@ -9,10 +9,12 @@
         dist/                         Megatron's torch_dist format: weights, optimizer, RNG
         hf/                           config.json and tokenizer, so that it can be exported
 
-A checkpoint is written to ``step_….partial`` and renamed, so a killed save leaves the previous
-one latest and usable. Reading and writing tensors only; when to save is `engine.py`'s business.
+A checkpoint is written to ``step_….partial`` and renamed, and an old one is renamed to
+``step_….partial`` before it is deleted, so a kill leaves every ``step_…`` whole. Reading and
+writing tensors only; when to save is `trainer.py`'s business.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -27,6 +29,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from pydantic import TypeAdapter
 
 from megatron_cgn.errors import CheckpointError, UserError
 
@@ -35,6 +38,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{7,})")
+_SMALL_BYTES = 64 * 2**20
+_REMEDY = "Remove the directory to resume from the checkpoint before it."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,8 @@ class CheckpointInfo:
     """The contents of ``checkpoint.json``.
 
     Attributes:
-        step: Optimizer steps done.
+        step: Training steps done.
+        optimizer_steps: Those that changed the weights: FP16 overflows change nothing.
         consumed_sequences: Training sequences read.
         has_optimizer: Whether training can go on exactly from here.
         has_master_weights: Whether FP32 master weights are stored beside the model's.
@@ -52,12 +58,14 @@ class CheckpointInfo:
         padded_vocab_size: Rows of the stored embedding.
         dtype: Type of the stored weights.
         files: Size in bytes of every file, by relative path.
+        digests: Hash of every small file. The large ones hold tensors, each with a checksum.
         format: Version of this layout.
     """
 
     step: int
     consumed_sequences: int
     has_optimizer: bool
+    optimizer_steps: int = 0
     has_master_weights: bool = False
     layout: Mapping[str, int] = field(default_factory=dict)
     fit: Mapping[str, Any] = field(default_factory=dict)
@@ -65,6 +73,7 @@ class CheckpointInfo:
     padded_vocab_size: int
     dtype: str
     files: Mapping[str, int] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -79,23 +88,26 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 def find_latest(root: Path) -> Path | None:
-    """The newest complete checkpoint below `root`, or None.
+    """The newest checkpoint below `root`, or None.
+
+    A save never leaves an incomplete directory under a checkpoint's name, so the newest is not
+    passed over for an older one if something of it is missing: `read_info` refuses it.
 
     Args:
         root: ``checkpoint.dir``.
 
     Returns:
-        Its directory. Directories without ``checkpoint.json`` or with another name are not seen.
+        Its directory. Directories with another name are not seen.
     """
-    steps = _complete(root)
+    steps = _by_step(root)
     return steps[-1] if steps else None
 
 
-def _complete(root: Path) -> list[Path]:
+def _by_step(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and not p.is_symlink()]
-    return sorted((p for p in found if is_checkpoint(p)), key=lambda p: int(p.name[5:]))
+    found = (p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir())
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def read_info(directory: Path) -> CheckpointInfo:
@@ -112,14 +124,16 @@ def read_info(directory: Path) -> CheckpointInfo:
     """
     path = directory / "checkpoint.json"
     try:
-        fields = json.loads(path.read_text("utf-8"))
-        info = CheckpointInfo(**fields)
+        info = TypeAdapter(CheckpointInfo).validate_python(json.loads(path.read_text("utf-8")))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: no checkpoint.json, so this is not a complete checkpoint."
+            f"{directory}: damaged: checkpoint.json is missing. {_REMEDY}"
         ) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}.") from error
+    except (OSError, ValueError) as error:
+        reason = "; ".join(str(error).splitlines()[:3])
+        raise CheckpointError(
+            f"{directory}: damaged: checkpoint.json cannot be read ({reason}). {_REMEDY}"
+        ) from error
     if info.format != FORMAT:
         raise CheckpointError(f"{path}: format {info.format}; this version reads {FORMAT}.")
     for name, size in info.files.items():
@@ -128,8 +142,12 @@ def read_info(directory: Path) -> CheckpointInfo:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(
-                f"{directory}: damaged: {name} {state}, {size} bytes were written. Remove the "
-                "directory to resume from the checkpoint before it."
+                f"{directory}: damaged: {name} {state}, {size} bytes were written. {_REMEDY}"
+            )
+    for name, digest in info.digests.items():
+        if _digest(directory / name) != digest:
+            raise CheckpointError(
+                f"{directory}: damaged: {name} is not as it was written. {_REMEDY}"
             )
     return info
 
@@ -192,19 +210,18 @@ def save_checkpoint(
         hf_files(partial / "hf")
 
     def publish() -> None:
-        sizes = {
-            str(p.relative_to(partial)): p.stat().st_size
-            for p in sorted(partial.rglob("*"))
-            if p.is_file()
-        }
-        _write_json(partial / "checkpoint.json", {**_as_dict(info), "files": sizes})
-        if final.exists():
-            shutil.rmtree(final)
+        files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
+        sizes = {name: file.stat().st_size for name, file in files.items()}
+        small = (name for name, size in sizes.items() if size <= _SMALL_BYTES)
+        digests = {name: _digest(files[name]) for name in small if not name.endswith(".distcp")}
+        content = {**_as_dict(info), "files": sizes, "digests": digests}
+        _write_json(partial / "checkpoint.json", content)
         partial.rename(final)
+        _sync_directory(root)
         _point_latest(root, final.name)
         if keep_last is not None:
-            for old in _complete(root)[:-keep_last]:
-                shutil.rmtree(old)
+            for old in _by_step(root)[:-keep_last]:
+                _remove(old)
 
     _together(prepare, "prepare", partial, only_rank_0=True)
     _together(lambda: _write_dist(sharded_state, partial / "dist"), "write", partial)
@@ -225,21 +242,30 @@ def load_checkpoint(directory: Path, sharded_state: ShardedStateDict) -> dict[st
     Raises:
         CheckpointError: If something is missing or cannot be read.
     """
+    loaded: dict[str, Any] = {}
+    problem: str | None = None
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(
+        loaded = dist_checkpointing.load(
             sharded_state,
             str(directory / "dist"),
             validate_access_integrity=False,
             strict=StrictHandling.ASSUME_OK_UNEXPECTED,
         )
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise CheckpointError(f"{directory}: cannot be read: {error}") from error
     except Exception as error:
-        # Megatron's and torch's checkpoint errors share no base below Exception.
-        if type(error).__name__ not in ("CheckpointingException", "CheckpointException"):
-            raise
-        raise CheckpointError(f"{directory}: cannot be read: {error}") from error
+        # Damaged bytes in a pickle raise whatever they spell, and Megatron's and torch's
+        # checkpoint errors share no base below Exception.
+        logger.debug("could not load %s", directory, exc_info=True)
+        problem = _one_line(error)
+    if first := _first_problem(problem):
+        raise CheckpointError(f"{directory}: cannot be read ({first}). {_REMEDY}")
     return loaded
+
+
+def _remove(directory: Path) -> None:
+    """Delete a checkpoint so that a kill leaves it whole or without its name."""
+    doomed = directory.with_name(directory.name + ".partial")
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def per_rank_object(key: str, value: Any) -> ShardedObject:
@@ -266,6 +292,20 @@ def _write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync_directory(path: Path) -> None:
+    """Make renames in a directory durable before anything older is deleted."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
     names = CheckpointInfo.__dataclass_fields__
     return {n: dict(v) if isinstance(v := getattr(info, n), Mapping) else v for n in names}
@@ -285,15 +325,24 @@ def _together(
             # Any writer thread's or process's error, of whatever type, must reach all ranks:
             # those that wrote well would otherwise wait for ever.
             logger.debug("could not %s a checkpoint", verb, exc_info=True)
-            problem = f"{type(error).__name__}: {error}"
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    failed = {rank: p for rank, p in enumerate(problems) if p is not None}
-    if failed:
+            problem = _one_line(error)
+    if first := _first_problem(problem):
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        rank, first = next(iter(failed.items()))
         raise CheckpointError(
-            f"{partial.parent}: could not {verb} a checkpoint (rank {rank}: {first}). Earlier "
-            "checkpoints are untouched. Free space or choose another checkpoint.dir."
+            f"{partial.parent}: could not {verb} a checkpoint ({first}). Earlier checkpoints are "
+            "untouched. Free space or choose another checkpoint.dir."
         )
+
+
+def _first_problem(problem: str | None) -> str | None:
+    """The first rank's problem, if any rank has one. Collective over all ranks."""
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {rank}: {p}" for rank, p in enumerate(problems) if p is not None), None)
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong, without the traceback that PyTorch puts into some messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500]

@@ -67,7 +67,11 @@ class _Slot:
         """This rank's flat state tensors by name; empty if it owns none."""
         if self.main_param is None:
             return {}
-        state = self.inner.state[self.main_param]
+        # Without state yet, every step so far was skipped (FP16 overflows): moments are zero.
+        state = self.inner.state.get(self.main_param)
+        if not state:
+            zeros = torch.zeros_like(self.main_param, dtype=torch.float32)
+            state = dict.fromkeys(MOMENTS, zeros)
         named = {name: state[name] for name in MOMENTS}
         if self.has_master:
             named[MASTER] = self.main_param.data
@@ -84,7 +88,7 @@ def sharded_optimizer_state(
     """Put the state of all parameters together for saving. Collective over dp_cp.
 
     Args:
-        optimizer: After at least one step.
+        optimizer: Megatron's.
         model_state: The model's sharded state dict, whose tensors are the parameters.
         state: This process's place in the layout.
 
@@ -127,44 +131,74 @@ def empty_optimizer_state(
     sharded_params = _by_parameter(model_state)
     result: ShardedStateDict = {}
     for index, slot in enumerate(_slots(optimizer)):
-        if slot.main_param is None:
-            continue
-        for name in slot.names():
-            if name == MASTER and not with_master:
-                continue
+        owned = slot.main_param is not None
+        names = list(MOMENTS) if owned else []
+        # An FP32 model takes a BF16 run's master weights, not the rounded ones.
+        if with_master and (owned or not slot.has_master):
+            names.append(MASTER)
+        for name in names:
             data = torch.empty(slot.model_param.shape, dtype=torch.float32)
             template = sharded_params[id(slot.model_param)]
             result[f"{index}.{name}"] = _like(template, name, data, writes=False)
     return result
 
 
-def fill_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any], step: int) -> None:
-    """Put loaded state into the optimizer.
+def empty_master_weights(
+    optimizer: MegatronOptimizer, model_state: ShardedStateDict
+) -> ShardedStateDict:
+    """Describe the master weights of this rank where the checkpoint's own weights are FP32.
+
+    To be read by themselves: one reading cannot hold the same tensor in two types.
+
+    Args:
+        optimizer: Freshly built.
+        model_state: The model's sharded state dict.
+
+    Returns:
+        As `empty_optimizer_state`; empty if the optimizer has no master weights.
+    """
+    sharded_params = _by_parameter(model_state)
+    return {
+        f"{index}.{MASTER}": _like(
+            sharded_params[id(slot.model_param)],
+            None,
+            torch.empty(slot.model_param.shape, dtype=torch.float32),
+            writes=False,
+        )
+        for index, slot in enumerate(_slots(optimizer))
+        if slot.main_param is not None and slot.has_master
+    }
+
+
+@torch.no_grad()
+def fill_optimizer_state(
+    optimizer: MegatronOptimizer, loaded: dict[str, Any], optimizer_steps: int
+) -> None:
+    """Put loaded state into the optimizer, and exact weights into an FP32 model.
 
     Args:
         optimizer: The one that `empty_optimizer_state` was called with.
         loaded: The filled state dict.
-        step: Optimizer steps done, which Adam's bias correction counts.
+        optimizer_steps: Updates done, which Adam's bias correction counts; skipped steps are none.
     """
     for index, slot in enumerate(_slots(optimizer)):
+        master = loaded.get(f"{index}.{MASTER}")
+        if master is not None and not slot.has_master:
+            slot.model_param.copy_(master.view(slot.model_param.shape))
         if slot.main_param is None:
             continue
+        if master is not None and slot.has_master:
+            slot.main_param.view(-1).copy_(master.view(-1)[slot.start : slot.end])
         inner_state = slot.inner.state[slot.main_param]
-        for name in slot.names():
-            whole = loaded.get(f"{index}.{name}")
-            if whole is None:
-                continue
-            part = whole.view(-1)[slot.start : slot.end]
-            if name == MASTER:
-                slot.main_param.data.view(-1).copy_(part)
-            else:
-                moment = torch.empty_like(slot.main_param, dtype=torch.float32)
-                inner_state[name] = moment.copy_(part.view(moment.shape))
+        for name in MOMENTS:
+            part = loaded[f"{index}.{name}"].view(-1)[slot.start : slot.end]
+            moment = torch.empty_like(slot.main_param, dtype=torch.float32)
+            inner_state[name] = moment.copy_(part.view(moment.shape))
         # PyTorch's AdamW counts steps per parameter, the fused ones per group.
         if isinstance(slot.inner, torch.optim.Adam):
-            inner_state["step"] = torch.tensor(float(step), dtype=torch.float32)
+            inner_state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32)
         else:
-            slot.group["step"] = step
+            slot.group["step"] = optimizer_steps
 
 
 def has_master_weights(optimizer: MegatronOptimizer) -> bool:
@@ -233,10 +267,15 @@ def _by_parameter(model_state: ShardedStateDict) -> dict[int, ShardedTensor | Sh
 
 
 def _like(
-    template: ShardedTensor | ShardedTensorFactory, name: str, data: Tensor, *, writes: bool
+    template: ShardedTensor | ShardedTensorFactory,
+    name: str | None,
+    data: Tensor,
+    *,
+    writes: bool,
 ) -> ShardedTensor | ShardedTensorFactory:
-    """Shard `data` like the parameter, under the optimizer's name."""
-    changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{template.key}", "data": data}
+    """Shard `data` like the parameter, under the optimizer's name, or under its own for None."""
+    key = template.key if name is None else f"optimizer.state.{name}.{template.key}"
+    changes: dict[str, Any] = {"key": key}
     if writes:
         # The last entry of a replica id counts data-parallel copies; this is the only one.
         changes["replica_id"] = (*template.replica_id[:-1], 0)
