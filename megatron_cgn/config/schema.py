@@ -126,7 +126,7 @@ class OptimConfig:
     clip_grad: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     initial_loss_scale: float = 65536.0
-    """First loss scale of ``precision=fp16``; it adapts from there."""
+    """First scale of the mean loss under ``precision=fp16``; it adapts from there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

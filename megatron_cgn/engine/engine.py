@@ -155,6 +155,7 @@ class Engine:
             parallel=self.run.parallel,
             precision=self.run.precision,
             params_dtype=self.model_config.params_dtype,
+            micro_batch_tokens=self.run.train.micro_batch_size * self.run.data.seq_length,
         )
         self.model_config.finalize_model_grads_func = finalize_model_grads
         self.model_config.grad_scale_func = self._optimizer.scale_loss

@@ -65,6 +65,7 @@ def build_optimizer(
     parallel: ParallelConfig,
     precision: Precision,
     params_dtype: torch.dtype,
+    micro_batch_tokens: int,
 ) -> MegatronOptimizer:
     """Build AdamW with FP32 master weights, shared over data-parallel ranks if asked.
 
@@ -74,10 +75,14 @@ def build_optimizer(
         parallel: Whether the optimizer is distributed.
         precision: Type of the forward and backward pass; ``fp16`` brings a loss scale.
         params_dtype: Type of the model's weights.
+        micro_batch_tokens: Tokens whose losses one backward pass sums.
 
     Returns:
         Megatron's optimizer; its rates are set each step by `set_rates`.
     """
+    # A loss scale is known for mean losses, whose gradients are smaller than those of our sums by
+    # the number of tokens; unadjusted, FP16 would begin with a dozen overflows.
+    tokens = 1 << (micro_batch_tokens - 1).bit_length()
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -89,7 +94,8 @@ def build_optimizer(
         clip_grad=optim.clip_grad,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        initial_loss_scale=optim.initial_loss_scale,
+        initial_loss_scale=optim.initial_loss_scale / tokens,
+        min_loss_scale=1.0 / tokens,
         params_dtype=params_dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
