@@ -30,6 +30,8 @@ def main() -> int:
     args = _parse()
     source, target = Path(args.input), Path(args.output)
     try:
+        if target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{target}: would replace the --input; give another --output")
         if target.exists() and not args.overwrite:
             raise UserError(f"{target}: exists already; give another --output, or --overwrite")
         if args.direction == "to-megatron":
@@ -44,7 +46,8 @@ def main() -> int:
 
 
 def _to_megatron(source: Path, target: Path, divisible_by: int) -> None:
-    with _bar(to_megatron.converted_bytes(source)) as bar:
+    total = to_megatron.converted_bytes(source, make_vocab_size_divisible_by=divisible_by)
+    with _bar(total) as bar:
         to_megatron.convert_to_megatron(
             source, target, make_vocab_size_divisible_by=divisible_by, progress=bar
         )

@@ -9,6 +9,7 @@ the model's size. The keys are those of ``GPTModel.sharded_state_dict()`` with s
 import dataclasses
 import functools
 import io
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,12 +99,29 @@ def convert_to_megatron(
         )
 
 
-def converted_bytes(source_dir: str | Path) -> int:
-    """Bytes of tensors that a conversion of a directory would tell its progress of."""
+def converted_bytes(source_dir: str | Path, *, make_vocab_size_divisible_by: int = 128) -> int:
+    """Bytes of tensors, with padding, that a conversion will tell its progress of.
+
+    Args:
+        source_dir: Hugging Face directory with safetensors.
+        make_vocab_size_divisible_by: As for `convert_to_megatron`.
+
+    Returns:
+        The sum.
+
+    Raises:
+        ModelError: If the source is not complete or not supported.
+    """
     architecture = read_architecture(source_dir)
     weights = open_weights(source_dir, architecture)
-    names = (name for entry in parameter_table(architecture) for name in entry.hf_names())
-    return sum(weights.places[name].num_bytes for name in names)
+    padded = padded_vocab_size(
+        architecture.vocab_size, multiple=make_vocab_size_divisible_by, tensor_parallel_size=1
+    )
+    return sum(
+        math.prod(entry.local_shape(tp_size=1, padded_vocab_size=padded))
+        * weights.places[entry.hf_names()[0]].dtype.itemsize
+        for entry in parameter_table(architecture)
+    )
 
 
 def _write_dist(directory: Path, planner: "_StreamingPlanner") -> None:

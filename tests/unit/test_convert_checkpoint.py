@@ -51,10 +51,11 @@ def test_both_ways_give_the_same_bytes(
     convert_to_megatron(source, tmp_path / "ckpt", progress=told.append)
     # Padding is written too: 77 rows become 128.
     padding = (128 - 77) * 24 * dtype.itemsize * (1 if tied else 2)
-    assert sum(told) == to_megatron.converted_bytes(source) + padding
+    total = sum(value.nbytes for value in values.values()) + padding
+    assert sum(told) == to_megatron.converted_bytes(source) == total
     told.clear()
     convert_to_hf(tmp_path / "ckpt", tmp_path / "back", max_shard_bytes=9000, progress=told.append)
-    assert sum(told) == to_hf.converted_bytes(tmp_path / "ckpt")
+    assert sum(told) == to_hf.converted_bytes(tmp_path / "ckpt") == total - padding
     assert_same_bytes(read_tensors(tmp_path / "back"), values)
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == values.keys()
@@ -184,6 +185,21 @@ def test_command_line_writes_refuses_and_overwrites(
     assert _run(monkeypatch, *back) == 0
     assert_same_bytes(read_tensors(tmp_path / "back"), values)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ckpt", "hf"]
+
+
+@pytest.mark.parametrize("output", ["models/hf", "models", "models/hf/../hf"])
+def test_the_input_is_never_overwritten(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    output: str,
+) -> None:
+    source = tmp_path / "models" / "hf"
+    values = write_sample(source)
+    args = ("to-megatron", "--input", source, "--output", tmp_path / output, "--overwrite")
+    assert _run(monkeypatch, *args) == 2
+    assert "would replace the --input" in capfd.readouterr().err
+    assert_same_bytes(read_tensors(source), values)
 
 
 def test_a_disk_that_refuses_leaves_the_previous_output_whole(
