@@ -3,11 +3,13 @@
 Every fault says where, which value, which limit, and what to do.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_cgn.config.schema import DataConfig, RunConfig
 from megatron_cgn.errors import ConfigError
@@ -38,7 +40,10 @@ def validate(run: RunConfig, *, world_size: int) -> None:
     Raises:
         ConfigError: Naming all faults.
     """
+    # No limit below can judge a value that is not a number.
+    _raise(list(_numbers(run)))
     faults = [
+        *_seed(run),
         *_model(run),
         *_layout(run, world_size),
         *_batch(run, world_size),
@@ -65,6 +70,34 @@ def validate_architecture(run: RunConfig, architecture: ArchitectureLike) -> Non
 def _raise(faults: list[str]) -> None:
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _numbers(value: object, path: str = "") -> Iterator[str]:
+    """Refuse NaN and infinity anywhere."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: {value}; must be a finite number."
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{path}.{index}")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            name = f"{path}.{field.name}" if path else field.name
+            yield from _numbers(getattr(value, field.name), name)
+
+
+def _seed(run: RunConfig) -> Iterator[str]:
+    if not 0 <= run.seed < 2**32:
+        yield f"seed: {run.seed}; must be at least 0 and below 2^32 = {2**32}."
+
+
+def _finite(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Find numbers that no comparison would refuse."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from _finite(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{prefix}{field.name}: {value}; must be a finite number."
 
 
 def _model(run: RunConfig) -> Iterator[str]:
@@ -130,30 +163,11 @@ def _layout(run: RunConfig, world_size: int) -> Iterator[str]:
 
 def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
     p, t, length = run.parallel, run.train, run.data.seq_length
-    for name in ("micro_batch_size", "global_batch_size", "log_interval_steps"):
-        if getattr(t, name) < 1:
-            yield _at_least(f"train.{name}", 1, run)
-            return
-    model_size = max(
-        1,
-        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size,
-    )
-    dp = max(1, world_size // model_size)
-    portion = t.micro_batch_size * dp
-    if t.global_batch_size % portion:
-        yield (
-            f"train.global_batch_size: {t.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size × data-parallel size = {t.micro_batch_size} × {dp} = "
-            f"{portion}; use {-(-t.global_batch_size // portion) * portion}."
-        )
-    elif p.virtual_pipeline_model_parallel_size is not None:
-        micro_batches = t.global_batch_size // portion
-        if micro_batches % p.pipeline_model_parallel_size:
-            yield (
-                f"train.global_batch_size: makes {micro_batches} micro-batches a rank; the "
-                "interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size="
-                f"{p.pipeline_model_parallel_size}."
-            )
+    small = [n for n in ("micro_batch_size", "global_batch_size") if getattr(t, n) < 1]
+    for name in small:
+        yield _at_least(f"train.{name}", 1, run)
+    if not small:
+        yield from _portions(run, world_size)
     if length < 1:
         yield _at_least("data.seq_length", 1, run)
     elif p.context_parallel_size > 1 and length % (2 * p.context_parallel_size):
@@ -176,10 +190,35 @@ def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
         yield _at_least("train.train_iters", 1, run)
     if t.epochs is not None and t.epochs <= 0:
         yield f"train.epochs: {t.epochs}; must be above 0."
-    for name in ("validation_interval_steps", "validation_sequences"):
+    for name in ("log_interval_steps", "validation_interval_steps", "validation_sequences"):
         value = getattr(t, name)
         if value is not None and value < 1:
             yield _at_least(f"train.{name}", 1, run)
+
+
+def _portions(run: RunConfig, world_size: int) -> Iterator[str]:
+    """Find what keeps a global batch from being cut into micro-batches."""
+    p, t = run.parallel, run.train
+    model_size = max(
+        1,
+        p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size,
+    )
+    dp = max(1, world_size // model_size)
+    portion = t.micro_batch_size * dp
+    if t.global_batch_size % portion:
+        yield (
+            f"train.global_batch_size: {t.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size × data-parallel size = {t.micro_batch_size} × {dp} = "
+            f"{portion}; use {-(-t.global_batch_size // portion) * portion}."
+        )
+    elif p.virtual_pipeline_model_parallel_size is not None:
+        micro_batches = t.global_batch_size // portion
+        if p.pipeline_model_parallel_size > 1 and micro_batches % p.pipeline_model_parallel_size:
+            yield (
+                f"train.global_batch_size: makes {micro_batches} micro-batches a rank; the "
+                "interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size="
+                f"{p.pipeline_model_parallel_size}."
+            )
 
 
 def data_faults(data: DataConfig) -> Iterator[str]:

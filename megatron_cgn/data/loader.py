@@ -4,6 +4,7 @@ No shuffling here: the dataset's order is the order of training, and a position 
 sequences consumed. Nothing depends on how many ranks read, except which of them reads what.
 """
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -170,6 +171,15 @@ class _Padded(Dataset[Sample]):
         }
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ignore signals that ask the run to stop: sent to the whole job, they reach workers too.
+
+    The run still reads what it needs for its last step, and then ends its workers itself.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _loader(
     dataset: Dataset[Sample], batches: Iterable[list[int]], num_workers: int
 ) -> DataLoader[TokenBatch]:
@@ -178,6 +188,7 @@ def _loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_run,
         # Without its own generator, a loader draws a seed from the global one, and a resumed run
         # would no longer drop out what the uninterrupted run does.
         generator=torch.Generator(),

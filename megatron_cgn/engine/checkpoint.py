@@ -31,7 +31,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedState
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from pydantic import TypeAdapter
 
+from megatron_cgn.engine.dist_writer import InProcessSaveStrategy
 from megatron_cgn.errors import CheckpointError, UserError
+from megatron_cgn.parallel.reduce import first_problem
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +258,7 @@ def load_checkpoint(directory: Path, sharded_state: ShardedStateDict) -> dict[st
         # checkpoint errors share no base below Exception.
         logger.debug("could not load %s", directory, exc_info=True)
         problem = _one_line(error)
-    if first := _first_problem(problem):
+    if first := first_problem(problem):
         raise CheckpointError(f"{directory}: cannot be read ({first}). {_REMEDY}")
     return loaded
 
@@ -275,7 +277,12 @@ def per_rank_object(key: str, value: Any) -> ShardedObject:
 
 
 def _write_dist(sharded_state: ShardedStateDict, directory: Path) -> None:
-    dist_checkpointing.save(sharded_state, str(directory), validate_access_integrity=False)
+    dist_checkpointing.save(
+        sharded_state,
+        str(directory),
+        sharded_strategy=InProcessSaveStrategy(),
+        validate_access_integrity=False,
+    )
 
 
 def _point_latest(root: Path, name: str) -> None:
@@ -326,20 +333,13 @@ def _together(
             # those that wrote well would otherwise wait for ever.
             logger.debug("could not %s a checkpoint", verb, exc_info=True)
             problem = _one_line(error)
-    if first := _first_problem(problem):
+    if first := first_problem(problem):
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{partial.parent}: could not {verb} a checkpoint ({first}). Earlier checkpoints are "
             "untouched. Free space or choose another checkpoint.dir."
         )
-
-
-def _first_problem(problem: str | None) -> str | None:
-    """The first rank's problem, if any rank has one. Collective over all ranks."""
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return next((f"rank {rank}: {p}" for rank, p in enumerate(problems) if p is not None), None)
 
 
 def _one_line(error: Exception) -> str:

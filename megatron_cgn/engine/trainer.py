@@ -4,6 +4,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -11,13 +12,15 @@ from typing import Any, TypeVar
 from megatron_cgn.engine.callbacks import Callback
 from megatron_cgn.engine.checkpoint import find_latest
 from megatron_cgn.engine.engine import Engine
-from megatron_cgn.errors import CheckpointError, StoppedBySignal
+from megatron_cgn.errors import CheckpointError, ConfigError, StoppedBySignal
 from megatron_cgn.objectives.base import Objective
-from megatron_cgn.parallel.reduce import any_rank
+from megatron_cgn.parallel.reduce import first_problem, highest
 
 logger = logging.getLogger(__name__)
 
 B = TypeVar("B")
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,7 @@ class Trainer[B]:
         self._validate = validate
         self._callbacks: Sequence[Callback] = ()
         self._stop_signal: int | None = None
+        self._problem: str | None = None
         self._saved_step: int | None = None
 
     def resume(self, mode: str) -> Path | None:
@@ -114,14 +118,14 @@ class Trainer[B]:
             StoppedBySignal: After saving, if SIGTERM or SIGUSR1 reached any rank.
         """
         self._callbacks = callbacks
-        previous = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        previous = {s: signal.signal(s, self._remember) for s in _STOP_SIGNALS}
         try:
             self._loop(steps)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            for callback in self._callbacks:
-                callback.on_end()
+            self._tell(methodcaller("on_end"))
+        self._stop_on_problem()
 
     def _loop(self, steps: Iterator[Sequence[B]]) -> None:
         engine, schedule = self._engine, self._schedule
@@ -132,14 +136,16 @@ class Trainer[B]:
             logged = last or _due(engine.step + 1, schedule.log_interval)
             report = engine.train_step(next(steps), self._objective, reduce_metrics=logged)
             engine.consumed_sequences += engine.run.train.global_batch_size
-            for callback in self._callbacks:
-                callback.on_step(report)
+            self._tell(methodcaller("on_step", report))
             if last or _due(engine.step, schedule.validation_interval):
                 self._run_validation()
             if last or _due(engine.step, schedule.checkpoint_interval):
                 self._save()
-            # Every rank must see the signal at the same step: one asks, all answer.
-            if not last and any_rank(self._stop_signal is not None):
+            # Every rank must see a signal or a problem at the same step: one asks, all answer.
+            state = highest(2 if self._problem else int(self._stop_signal is not None))
+            if state == 2:
+                self._stop_on_problem()
+            if state == 1 and not last:
                 self._save()
                 raise StoppedBySignal(
                     f"stopped by a signal after step {engine.step}; a checkpoint was saved"
@@ -148,19 +154,42 @@ class Trainer[B]:
     def _run_validation(self) -> None:
         metrics = self._validate()
         if metrics:
-            for callback in self._callbacks:
-                callback.on_validation(self._engine.step, metrics)
+            self._tell(methodcaller("on_validation", self._engine.step, metrics))
 
     def _save(self) -> None:
         if self._saved_step == self._engine.step:
             return
-        path = self._engine.save(self._checkpoint_dir, fit=self._fit, hf_files=self._hf_files)
+        # Processes that a save starts inherit the mask: a signal to the whole job, as Slurm sends
+        # it, must not end them and with them the save. This process answers after it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            path = self._engine.save(self._checkpoint_dir, fit=self._fit, hf_files=self._hf_files)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         self._saved_step = self._engine.step
         self._say(f"saved {path}")
 
     def _say(self, message: str) -> None:
-        for callback in self._callbacks:
-            callback.on_message(message)
+        self._tell(methodcaller("on_message", message))
+
+    def _tell(self, what: Callable[[Callback], None]) -> None:
+        """Call every callback. A disk that refuses is remembered, for all ranks to stop together.
+
+        Raising here would end this rank alone, and the others would wait for it.
+        """
+        try:
+            for callback in self._callbacks:
+                what(callback)
+        except OSError as error:
+            self._problem = self._problem or str(error)
+
+    def _stop_on_problem(self) -> None:
+        """End the run on every rank if a callback failed on any. Collective over all ranks."""
+        if problem := first_problem(self._problem):
+            raise ConfigError(
+                f"output_dir: the run's records cannot be written ({problem}). Free space or "
+                "choose another output_dir; checkpoints saved so far are untouched."
+            )
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = number

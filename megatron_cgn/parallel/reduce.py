@@ -30,11 +30,28 @@ def sum_over_data(values: Tensor, state: ParallelState) -> Tensor:
     return total
 
 
-def any_rank(flag: bool) -> bool:  # noqa: FBT001 - the flag is the argument
-    """Whether any rank says yes. Collective over all ranks."""
-    answer = torch.tensor(int(flag), dtype=torch.int32, device=cpu.device())
+def highest(value: int) -> int:
+    """The largest of all ranks' values. Collective over all ranks."""
+    answer = torch.tensor(value, dtype=torch.int32, device=cpu.device())
     dist.all_reduce(answer, op=dist.ReduceOp.MAX)
-    return bool(answer.item())
+    return int(answer.item())
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The first rank's problem, if any rank has one. Collective over all ranks.
+
+    What a rank does alone, such as writing a file, may fail there alone. Then the others must hear
+    of it, or they wait for that rank for ever.
+
+    Args:
+        problem: What went wrong on this rank; None if nothing did.
+
+    Returns:
+        The same on every rank: ``rank 0: …``, or None.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((f"rank {rank}: {p}" for rank, p in enumerate(problems) if p is not None), None)
 
 
 def spread(values: Mapping[str, float]) -> dict[str, tuple[float, float]]:

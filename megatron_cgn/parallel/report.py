@@ -18,7 +18,11 @@ def tell_once(message: str) -> None:
         message: One or more lines, without a final newline.
     """
     if dist.is_initialized():
-        first = dist.distributed_c10d._get_default_store().add(_KEY, 1) == 1
+        try:
+            first = dist.distributed_c10d._get_default_store().add(_KEY, 1) == 1
+        except dist.DistError:
+            # Rank 0 keeps the count. It is gone, so it has spoken or crashed with a traceback.
+            first = False
     else:
         first = os.environ.get("RANK", "0") == "0"
     if first:

@@ -6,6 +6,7 @@
 
 import datetime
 import logging
+import math
 import os
 from dataclasses import dataclass
 
@@ -102,7 +103,7 @@ def initialize_parallel(parallel: ParallelConfig) -> ParallelState:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=int(parallel.timeout_minutes),
+        distributed_timeout_minutes=math.ceil(parallel.timeout_minutes),
         # Gloo twins of every group are only for checkpoint formats we do not write.
         create_gloo_process_groups=False,
     )

@@ -13,13 +13,17 @@ from megatron_cgn.config.load import dump_config
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.config.validate import validate_architecture
 from megatron_cgn.engine.callbacks import Callback
-from megatron_cgn.engine.checkpoint import is_checkpoint
+from megatron_cgn.engine.checkpoint import is_checkpoint, read_info
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
+from megatron_cgn.errors import ConfigError, ModelError
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.export import export_weights
 from megatron_cgn.hf.load import load_weights
+from megatron_cgn.hf.weights import open_weights
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.parallel.reduce import first_problem
+from tokenizer.wrapper import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,39 @@ def open_architecture(run: RunConfig) -> Architecture:
     architecture = read_architecture(model_path(run))
     validate_architecture(run, architecture)
     return architecture
+
+
+def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:
+    """Check what can be checked of the model, the tokenizer and the outputs without building.
+
+    Args:
+        run: The configuration.
+        architecture: The model.
+        tokenizer: Its tokenizer.
+
+    Raises:
+        UserError: If weights are missing or cut short, the vocabulary does not fit, or an output
+            directory cannot be one.
+    """
+    for name, path in (
+        ("output_dir", Path(run.output_dir)),
+        ("checkpoint.dir", checkpoint_dir(run)),
+    ):
+        for place in (path, *path.parents):
+            if place.exists() and not place.is_dir():
+                raise ConfigError(f"{name}: {path}: {place} is a file; choose a directory.")
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise ModelError(
+            f"{model_path(run)}: the tokenizer has {tokenizer.vocab_size:,} ids, but the model's "
+            f"vocab_size is {architecture.vocab_size:,}: the last ids have no embedding. Extend "
+            "the model's vocabulary, or restore the model's own tokenizer."
+        )
+    start = start_path(run)
+    if run.model.init == "from_hf":
+        if is_checkpoint(start):
+            read_info(start)
+        else:
+            open_weights(start, architecture)
 
 
 def load_start(engine: Engine) -> None:
@@ -105,20 +142,23 @@ def base_fit(architecture: Architecture, **more: Any) -> dict[str, Any]:
     return {**fields, **more}
 
 
-def write_config(run: RunConfig) -> None:
-    """Write ``config.yaml`` on rank 0."""
-    if dist.get_rank() == 0:
-        path = Path(run.output_dir) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+def _write_config(run: RunConfig) -> None:
+    path = Path(run.output_dir) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    try:
         partial.write_text(dump_config(run), "utf-8")
         partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def make_callbacks(
     engine: Engine, *, tokens_per_step: int, resumed_from: Path | None
 ) -> list[Callback]:
-    """The run's monitor, on rank 0.
+    """Write the run's ``config.yaml`` and open its monitor. Collective over all ranks.
+
+    Comes after resuming: a run that is refused leaves the records of the run before it alone.
 
     Args:
         engine: After resuming, so that its step is where the run goes on.
@@ -127,18 +167,32 @@ def make_callbacks(
 
     Returns:
         Callbacks for the trainer; none on other ranks.
+
+    Raises:
+        ConfigError: On every rank, if ``output_dir`` cannot be written.
     """
-    if dist.get_rank() != 0:
-        return []
-    monitor = Monitor(
-        Path(engine.run.output_dir),
-        total_steps=engine.total_steps,
-        first_step=engine.step,
-        tokens_per_step=tokens_per_step,
-    )
-    if resumed_from is not None:
-        monitor.on_message(f"resumed from {resumed_from} after step {engine.step}")
-    return [monitor]
+    callbacks: list[Callback] = []
+    problem: str | None = None
+    if dist.get_rank() == 0:
+        try:
+            _write_config(engine.run)
+            monitor = Monitor(
+                Path(engine.run.output_dir),
+                total_steps=engine.total_steps,
+                first_step=engine.step,
+                tokens_per_step=tokens_per_step,
+            )
+            callbacks = [monitor]
+            if resumed_from is not None:
+                monitor.on_message(f"resumed from {resumed_from} after step {engine.step}")
+        except OSError as error:
+            problem = str(error)
+    if first := first_problem(problem):
+        raise ConfigError(
+            f"output_dir: {engine.run.output_dir} cannot be written ({first}). Free space, or "
+            "choose another directory."
+        )
+    return callbacks
 
 
 def show_outcome(run: RunConfig, exported: Path | None) -> None:

@@ -39,6 +39,7 @@ def run(run: RunConfig) -> None:
     """
     architecture = common.open_architecture(run)
     tokenizer = Tokenizer.from_pretrained(common.model_path(run))
+    common.check_start(run, architecture, tokenizer)
     state = initialize_parallel(run.parallel)
     total_steps = count_steps(run, tokenizer)
     data = build_pretraining_data(
@@ -48,7 +49,6 @@ def run(run: RunConfig) -> None:
         seed=run.seed,
         cache_dir=run.data.cache_dir or Path(run.output_dir) / "cache",
     )
-    common.write_config(run)
     engine = Engine(run, architecture, state, total_steps=total_steps)
     common.load_start(engine)
     engine.prepare_training()
