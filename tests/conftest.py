@@ -1,0 +1,10 @@
+"""Fixtures that several kinds of tests share."""
+
+import pytest
+from tiny_files import TinyFiles, write_tiny_files
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFiles:
+    """A tiny model with a tokenizer and two indexed sources, made once a session; read only."""
+    return write_tiny_files(tmp_path_factory.mktemp("tiny"))
