@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -40,13 +40,25 @@ def compose_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -
     """
     # YAML holds choices; names and defaults are the dataclasses'.
     ConfigStore.instance().store("schema", _defaults())
-    try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
-        assert isinstance(composed, DictConfig)
-        container = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(str(error), config_dir)) from error
+    faults: list[str] = []
+    remaining = list(overrides)
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        while True:
+            try:
+                composed = compose("config", overrides=remaining)
+                assert isinstance(composed, DictConfig)
+                container = OmegaConf.to_container(composed, resolve=True)
+                break
+            # Hydra checks some overrides with plain ValueErrors.
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                faults.append(_explain(error, config_dir))
+                # Hydra stops at the first unknown key: look for others without it.
+                fewer = _without(remaining, str(error))
+                if len(fewer) == len(remaining):
+                    raise ConfigError("\n".join(faults)) from error
+                remaining = fewer
+    if faults:
+        raise ConfigError("\n".join(faults))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
@@ -104,11 +116,6 @@ def dump_config(run: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_plain(dataclasses.asdict(run))))
 
 
-def to_yaml(values: dict[str, Any]) -> str:
-    """Write a composed dictionary as YAML, for ``--cfg job``."""
-    return OmegaConf.to_yaml(OmegaConf.create(values))
-
-
 def key_paths() -> list[str]:
     """Every dotted configuration key."""
     return list(_paths(RunConfig))
@@ -149,8 +156,11 @@ def _unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> Iterat
             for index, source in enumerate(value):
                 if isinstance(source, dict):
                     yield from _unknown_keys(source, SourceConfig, f"data.sources.{index}.")
-        elif isinstance(value, dict) and isinstance(fields[key].type, type):
-            yield from _unknown_keys(value, fields[key].type, f"{path}.")  # type: ignore[arg-type]
+        elif isinstance(value, dict):
+            section = fields[key].type
+            # A scalar's type is no dataclass: the type check tells that fault.
+            if isinstance(section, type) and dataclasses.is_dataclass(section):
+                yield from _unknown_keys(value, section, f"{path}.")
 
 
 def _unknown(path: str) -> str:
@@ -164,9 +174,26 @@ def _unknown(path: str) -> str:
     return f"{path}: unknown key{f'; did you mean {near[0]}?' if near else '.'}"
 
 
-def _explain(message: str, config_dir: Path) -> str:
+_UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
+
+
+def _without(overrides: list[str], message: str) -> list[str]:
+    """The overrides but for the one whose key Hydra does not know."""
+    unknown = _UNKNOWN_KEY.search(message)
+    if unknown is None:
+        return overrides
+    return [o for o in overrides if o.partition("=")[0] != unknown.group(1)]
+
+
+def _explain(error: Exception, config_dir: Path) -> str:
     """Say what was wrong with an override in one line, without Hydra's advice."""
-    unknown = re.search(r"Could not override '([^']+)'", message)
+    message = str(error)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override}: cannot be read as key=value. Text other than plain Latin words "
+            "takes quotes of its own, as in 'output_dir=\"runs/核电\"'."
+        )
+    unknown = _UNKNOWN_KEY.search(message)
     if unknown:
         key = unknown.group(1)
         if key in _GROUPS:
@@ -178,5 +205,8 @@ def _explain(message: str, config_dir: Path) -> str:
         names = sorted(p.stem for p in (config_dir / group).glob("*.yaml"))
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{group}={name}: there is no {name}.yaml; choose from {', '.join(names)}.{hint}"
+        choices = f"choose from {', '.join(names)}." if names else f"{group} has no files yet."
+        return f"{group}={name}: there is no {name}.yaml; {choices}{hint}"
+    if "Config group override" in message:
+        return f"{', '.join(_GROUPS)}: these take the name of a file, as in +stage=cpt. {message}"
     return message.strip().splitlines()[0]
