@@ -7,9 +7,8 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_cgn.config.schema import DataConfig, RunConfig
 from megatron_cgn.errors import ConfigError
@@ -88,16 +87,6 @@ def _numbers(value: object, path: str = "") -> Iterator[str]:
 def _seed(run: RunConfig) -> Iterator[str]:
     if not 0 <= run.seed < 2**32:
         yield f"seed: {run.seed}; must be at least 0 and below 2^32 = {2**32}."
-
-
-def _finite(settings: Any, prefix: str = "") -> Iterator[str]:
-    """Find numbers that no comparison would refuse."""
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if is_dataclass(value):
-            yield from _finite(value, f"{prefix}{field.name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{prefix}{field.name}: {value}; must be a finite number."
 
 
 def _model(run: RunConfig) -> Iterator[str]:
