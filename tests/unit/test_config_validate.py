@@ -1,0 +1,341 @@
+"""Every rule of `validate.py` has a case that breaks it, and nothing else."""
+
+import ast
+import dataclasses
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from megatron_cgn.config import validate as module
+from megatron_cgn.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
+from megatron_cgn.config.validate import validate, validate_architecture
+from megatron_cgn.errors import ConfigError
+
+VALID = RunConfig(
+    stage="cpt",
+    model=ModelConfig(hf_path="models/base"),
+    data=DataConfig(sources=(SourceConfig(name="domain", path="data/domain"),), seq_length=64),
+    train=TrainConfig(micro_batch_size=1, global_batch_size=8, train_iters=100),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What the rules ask of an architecture."""
+
+    num_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    ffn_hidden_size: int = 96
+    max_position_embeddings: int = 64
+
+
+def _changed(changes: dict[str, Any]) -> RunConfig:
+    run = VALID
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        if section:
+            part = dataclasses.replace(getattr(run, section), **{name: value})
+            run = dataclasses.replace(run, **{section: part})
+        else:
+            run = dataclasses.replace(run, **{name: value})
+    return run
+
+
+def _source(**changes: Any) -> SourceConfig:
+    return dataclasses.replace(SourceConfig(name="domain", path="data/domain"), **changes)
+
+
+TP, PP, CP = (f"parallel.{n}_parallel_size" for n in ("tensor_model", "pipeline_model", "context"))
+VP = "parallel.virtual_pipeline_model_parallel_size"
+PP2 = {PP: 2, VP: 2}
+# Settings that differ from VALID, the number of processes, and what the one message says.
+RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
+    "no-model": ({"model.hf_path": None}, 1, ["model.hf_path", "not set"]),
+    "vocabulary-multiple": (
+        {"model.make_vocab_size_divisible_by": 0},
+        1,
+        ["model.make_vocab_size_divisible_by: 0", "at least 1"],
+    ),
+    "nan": ({"optim.weight_decay": math.nan}, 1, ["optim.weight_decay: nan", "finite"]),
+    "infinity": ({"train.train_iters": None, "train.epochs": math.inf}, 1, ["train.epochs: inf"]),
+    "nan-in-a-list": (
+        {"data.sources": (_source(weight=math.nan),)},
+        1,
+        ["data.sources.0.weight: nan", "finite"],
+    ),
+    "seed": ({"seed": -1}, 1, ["seed: -1", "at least 0"]),
+    "tp-zero": ({TP: 0}, 1, [f"{TP}: 0", "at least 1"]),
+    "cp-negative": ({CP: -1}, 1, [f"{CP}: -1", "at least 1"]),
+    "world-size": ({TP: 2}, 3, ["3 process(es)", "2 × 1 × 1", "multiple of 2", "torchrun"]),
+    "one-chunk": ({PP: 2, VP: 1}, 2, [f"{VP}: 1", "2 chunks"]),
+    "interleaving-one-stage": ({VP: 2}, 1, [VP, "no effect", f"{PP}=1"]),
+    "interleaving-without-overlap": (
+        {**PP2, "parallel.overlap_p2p_comm": False},
+        2,
+        ["parallel.overlap_p2p_comm: false", "wrong", VP],
+    ),
+    "overlap-without-interleaving": (
+        {"parallel.overlap_p2p_comm": True},
+        1,
+        ["parallel.overlap_p2p_comm: true", VP],
+    ),
+    "sequence-parallel-alone": (
+        {"parallel.sequence_parallel": True},
+        1,
+        ["parallel.sequence_parallel: true", "no effect"],
+    ),
+    "gather-without-reduce": (
+        {"parallel.overlap_param_gather": True},
+        1,
+        ["parallel.overlap_param_gather: true", "parallel.overlap_grad_reduce=true"],
+    ),
+    "timeout": ({"parallel.timeout_minutes": 0.0}, 1, ["parallel.timeout_minutes: 0", "above 0"]),
+    "micro-batch": ({"train.micro_batch_size": 0}, 1, ["train.micro_batch_size: 0", "at least 1"]),
+    "global-batch": (
+        {"train.global_batch_size": 6, "train.micro_batch_size": 2},
+        2,
+        ["train.global_batch_size: 6", "2 × 2 = 4", "use 8"],
+    ),
+    "interleaved-micro-batches": (
+        {**PP2, "train.global_batch_size": 3},
+        2,
+        ["train.global_batch_size", "3 micro-batches", f"{PP}=2"],
+    ),
+    "no-length": ({"data.seq_length": 0}, 1, ["data.seq_length: 0", "at least 1"]),
+    "context-parallel-length": ({CP: 2, "data.seq_length": 62}, 2, ["data.seq_length: 62", "= 4"]),
+    "sequence-parallel-length": (
+        {TP: 2, "parallel.sequence_parallel": True, "data.seq_length": 63},
+        2,
+        ["data.seq_length: 63", f"{TP}=2"],
+    ),
+    "no-end": ({"train.train_iters": None}, 1, ["train.train_iters, train.epochs", "neither"]),
+    "two-ends": ({"train.epochs": 1.0}, 1, ["train.train_iters, train.epochs", "both"]),
+    "no-steps": ({"train.train_iters": 0}, 1, ["train.train_iters: 0", "at least 1"]),
+    "no-epochs": (
+        {"train.train_iters": None, "train.epochs": 0.0},
+        1,
+        ["train.epochs: 0.0", "above 0"],
+    ),
+    "log-interval": ({"train.log_interval_steps": 0}, 1, ["train.log_interval_steps: 0"]),
+    "validation-interval": (
+        {"train.validation_interval_steps": 0},
+        1,
+        ["train.validation_interval_steps: 0", "at least 1"],
+    ),
+    "no-sources": ({"data.sources": ()}, 1, ["data.sources", "at least one"]),
+    "same-name": (
+        {"data.sources": (_source(), _source(path="data/other"))},
+        1,
+        ["data.sources", "'domain'", "2 times"],
+    ),
+    "same-path": (
+        {"data.sources": (_source(), _source(name="other"))},
+        1,
+        ["data.sources", "data/domain", "2 times"],
+    ),
+    "held-out-is-trained-on": (
+        {"data.sources": (_source(validation_path="data/../data/domain"),)},
+        1,
+        ["validation_path", "also trained on"],
+    ),
+    "negative-weight": (
+        {"data.sources": (_source(weight=-1.0), _source(name="b", path="b"))},
+        1,
+        ["weight=-1.0", "0 or more"],
+    ),
+    "weight-without-effect": (
+        {"data.sources": (_source(weight=0.0), _source(name="b", path="b"))},
+        1,
+        ["[domain].weight=0", "no effect"],
+    ),
+    "no-weights": (
+        {"data.sources": (_source(weight=0.0, validation_path="data/held_out"),)},
+        1,
+        ["data.sources", "every weight is 0"],
+    ),
+    "slash-in-name": (
+        {"data.sources": (_source(name="a/b"),)},
+        1,
+        ["data.sources.0.name: 'a/b'", "slashes"],
+    ),
+    "fraction": ({"data.validation_fraction": 1.0}, 1, ["data.validation_fraction=1.0", "below 1"]),
+    "fraction-without-effect": (
+        {
+            "data.validation_fraction": 0.1,
+            "data.sources": (_source(validation_path="data/held_out"),),
+        },
+        1,
+        ["data.validation_fraction=0.1", "no effect", "Set it to 0"],
+    ),
+    "workers": ({"data.num_workers": -1}, 1, ["data.num_workers: -1", "at least 0"]),
+    "no-rate": (
+        {"optim.lr": 0.0, "optim.min_lr": 0.0},
+        1,
+        ["optim.lr: 0.0", "above 0"],
+    ),
+    "floor-above-peak": ({"optim.min_lr": 1e-4}, 1, ["optim.min_lr: 0.0001", "optim.lr=1e-05"]),
+    "negative-clip": ({"optim.clip_grad": -1.0}, 1, ["optim.clip_grad: -1.0", "at least 0"]),
+    "beta": ({"optim.adam_beta2": 1.0}, 1, ["optim.adam_beta2: 1.0", "below 1"]),
+    "epsilon": ({"optim.adam_eps": 0.0}, 1, ["optim.adam_eps: 0.0", "above 0"]),
+    "loss-scale": ({"optim.initial_loss_scale": 0.5}, 1, ["optim.initial_loss_scale: 0.5"]),
+    "wsd-without-decay": (
+        {"optim.schedule": "wsd"},
+        1,
+        ["optim.decay_steps: None", "wsd"],
+    ),
+    "decay-without-wsd": (
+        {"optim.decay_steps": 10},
+        1,
+        ["optim.decay_steps: 10", "no effect", "optim.schedule=cosine"],
+    ),
+    "decay-of-nothing": (
+        {"optim.schedule": "wsd", "optim.decay_steps": 0},
+        1,
+        ["optim.decay_steps: 0", "at least 1"],
+    ),
+    "warm-up-too-long": (
+        {"optim.warmup_steps": 101},
+        1,
+        ["optim.warmup_steps: 101", "train.train_iters=100"],
+    ),
+    "warm-up-and-decay-too-long": (
+        {"optim.schedule": "wsd", "optim.warmup_steps": 60, "optim.decay_steps": 60},
+        1,
+        ["60 warm-up and 60 decay", "train.train_iters=100"],
+    ),
+    "checkpoint-interval": (
+        {"checkpoint.interval_steps": 0},
+        1,
+        ["checkpoint.interval_steps: 0", "at least 1"],
+    ),
+    "keep-none": ({"checkpoint.keep_last": 0}, 1, ["checkpoint.keep_last: 0", "at least 1"]),
+}
+CUTS: dict[str, tuple[dict[str, Any], _Model, list[str]]] = {
+    "heads": ({TP: 3}, _Model(num_key_value_heads=3), [f"{TP}: 3", "8 attention heads", "1, 2, 4"]),
+    "key-value-heads": ({TP: 8}, _Model(), [f"{TP}: 8", "4 key/value heads", "1, 2, 4"]),
+    "columns": ({TP: 4}, _Model(ffn_hidden_size=98), [f"{TP}: 4", "98 feed-forward columns"]),
+    "layers": ({PP: 3}, _Model(), [f"{PP}: 3", "8 layers"]),
+    "virtual-layers": ({PP: 2, VP: 3}, _Model(), [f"{PP}: 2 × 3 virtual", "8 layers"]),
+    "length": (
+        {"data.seq_length": 65},
+        _Model(),
+        ["data.seq_length: 65", "max_position_embeddings=64"],
+    ),
+}
+
+
+def _message(call: Callable[[], None]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ({}, 1),
+        ({}, 8),
+        ({TP: 2, "parallel.sequence_parallel": True, **PP2, CP: 2}, 8),
+        ({"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}, 2),
+        ({"optim.schedule": "wsd", "optim.warmup_steps": 50, "optim.decay_steps": 50}, 1),
+        ({"train.train_iters": None, "train.epochs": 0.5}, 1),
+        (
+            {"data.sources": (_source(weight=0.0), _source(name="b", path="b"))}
+            | {"data.validation_fraction": 0.1},
+            1,
+        ),
+        ({"optim.min_lr": 1e-5, "optim.schedule": "constant"}, 1),
+    ],
+)
+def test_valid_configurations_pass(changes: dict[str, Any], world_size: int) -> None:
+    validate(_changed(changes), world_size=world_size)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_is_told_in_one_message(rule: str) -> None:
+    changes, world_size, parts = RULES[rule]
+    message = _message(lambda: validate(_changed(changes), world_size=world_size))
+    faults = [line for line in message.splitlines() if all(part in line for part in parts)]
+    assert len(faults) == 1, message
+    assert faults[0].endswith((".", "}."))
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rule", CUTS)
+def test_cut_that_does_not_fit_the_model_is_refused(rule: str) -> None:
+    changes, model, parts = CUTS[rule]
+    validate_architecture(VALID, _Model())
+    message = _message(lambda: validate_architecture(_changed(changes), model))
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_all_faults_are_told_at_once() -> None:
+    run = _changed(
+        {
+            "model.hf_path": None,
+            "train.micro_batch_size": 0,
+            "train.global_batch_size": 0,
+            "train.log_interval_steps": 0,
+            "train.train_iters": None,
+            "optim.lr": -1.0,
+            "data.sources": (),
+            "checkpoint.keep_last": 0,
+            "parallel.sequence_parallel": True,
+        }
+    )
+    found = {
+        line.split()[0].rstrip(":,")
+        for line in _message(lambda: validate(run, world_size=1)).splitlines()
+    }
+    assert found == {
+        "model.hf_path",
+        "train.micro_batch_size",
+        "train.global_batch_size",
+        "train.log_interval_steps",
+        "train.train_iters",
+        "optim.lr",
+        "optim.min_lr",
+        "data.sources",
+        "checkpoint.keep_last",
+        "parallel.sequence_parallel",
+    }
+
+
+def test_every_rule_has_a_case() -> None:
+    """Each `yield` of a message runs in some case above; a new rule without one fails here."""
+    reached: set[int] = set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        reached.add(frame.f_lineno)
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for changes, world_size, _ in RULES.values():
+            with pytest.raises(ConfigError):
+                validate(_changed(changes), world_size=world_size)
+        for changes, model, _ in CUTS.values():
+            with pytest.raises(ConfigError):
+                validate_architecture(_changed(changes), model)
+    finally:
+        sys.settrace(previous)
+    tree = ast.parse(inspect.getsource(module))
+    yields = [node for node in ast.walk(tree) if isinstance(node, ast.Yield)]
+    assert len(yields) > 40
+    missed = [
+        n.lineno
+        for n in yields
+        if not reached & set(range(n.lineno, (n.end_lineno or n.lineno) + 1))
+    ]
+    assert missed == []
