@@ -1,0 +1,85 @@
+"""Runs train.py many times without importing PyTorch many times.
+
+Reads requests from standard input, one JSON object a line, and answers each with one:
+
+    {"argv": […], "env": {…}, "stderr": PATH, "limit_bytes": N | null} → {"pid": N}
+    {"poll": PID} → {"code": N | null}; minus the signal's number if a signal ended it
+
+Every run is a forked process with the modules imported but nothing built, in a session of its
+own. What follows the fork is train.py's own `main`.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _serve() -> None:
+    sys.path.insert(0, str(ROOT))
+    from megatron_cgn.quiet import quiet_dependencies
+
+    quiet_dependencies()
+    import megatron_cgn.engine.metrics
+    import megatron_cgn.stages.cpt  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            answer = {"code": _poll(request["poll"])}
+        else:
+            pid = os.fork()
+            if not pid:
+                _train(request)
+            answer = {"pid": pid}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _poll(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _train(request: dict[str, Any]) -> None:
+    """Become a run of train.py; never returns."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    errors = os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for target, source in ((0, nothing), (1, nothing), (2, errors)):
+        os.dup2(source, target)
+    os.environ.update(request["env"])
+    if request["limit_bytes"] is not None:
+        # Without the signal, a write beyond the limit fails as on a full disk, with another errno.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        limit = request["limit_bytes"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    import torch
+
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        import train
+
+        code = train.main(request["argv"])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    # As the interpreter ends: threads and child processes are waited for, files are flushed.
+    import atexit
+    import threading
+
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
