@@ -28,6 +28,7 @@ SOURCES = {
     "general": ("general.jsonl", 0.2),
 }
 HELD_OUT = 0.1
+MARK = ".quickstart"
 GENERAL_BOUND = 0.05
 """Held-out general bits per byte may rise by this share at most."""
 PROMPTS = (
@@ -45,32 +46,55 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=ROOT / "runs/quickstart")
     parser.add_argument("overrides", nargs="*", help="passed on to train.py")
     args = parser.parse_args()
+    # train.py is run from the root of the repository.
+    model, output_dir = args.model.resolve(), args.output_dir.resolve()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from megatron_cgn.errors import UserError
+
     start = time.perf_counter()
-    if args.output_dir.exists():
-        shutil.rmtree(args.output_dir)
-    _say("1/4", "indexing the bundled samples")
-    counts = _index(args.model, args.output_dir / "data")
+    try:
+        _make_room(output_dir, model)
+        _say("1/4", "indexing the bundled samples")
+        counts = _index(model, output_dir / "data")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     _say("2/4", "training on 2 processes, 2 pipeline stages (the longest part)")
-    status = _train(args.model, args.output_dir, args.overrides)
+    status = _train(model, output_dir, args.overrides)
     if status:
         return status
     _say("3/4", "reopening the export in transformers")
     answers = {
-        "before": _generate(args.model),
-        "after": _generate(args.output_dir / "export"),
+        "before": _generate(model),
+        "after": _generate(output_dir / "export"),
     }
     _say("4/4", "writing the report")
     seconds = time.perf_counter() - start
-    text, passed = _report(args.output_dir, counts, answers, seconds)
-    (args.output_dir / "report.md").write_text(text, "utf-8")
+    text, passed = _report(output_dir, counts, answers, seconds)
+    (output_dir / "report.md").write_text(text, "utf-8")
     print(text)
-    print(f"report: {args.output_dir / 'report.md'}")
+    print(f"report: {output_dir / 'report.md'}")
     return 0 if passed else 1
 
 
 def _say(step: str, what: str) -> None:
     print(f"[{step}] {what}", flush=True)
+
+
+def _make_room(output_dir: Path, model: Path) -> None:
+    """Remove an earlier quickstart, and nothing else."""
+    from megatron_cgn.errors import ConfigError
+    from megatron_cgn.hf.config import read_architecture
+
+    read_architecture(model)
+    if output_dir.exists():
+        if not (output_dir / MARK).is_file():
+            raise ConfigError(
+                f"{output_dir}: exists and is no earlier quickstart; choose another --output-dir."
+            )
+        shutil.rmtree(output_dir)
+    output_dir.mkdir(parents=True)
+    (output_dir / MARK).write_text("Written by tools/quickstart.py, which may remove it.\n")
 
 
 def _is_held_out(document_id: str) -> bool:
