@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from megatron_cgn.data.documents import Block, parse_block
 from megatron_cgn.data.index_writer import IndexWriter
-from megatron_cgn.data.indexed import Sidecar, SourceFile, token_dtype
+from megatron_cgn.data.indexed import SUFFIXES, Sidecar, SourceFile, token_dtype
 from megatron_cgn.data.readers import check_inputs, read_blocks
 from megatron_cgn.errors import DataError
 from tokenizer.wrapper import Tokenizer
@@ -144,6 +144,7 @@ def preprocess(
     tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
     encoder = Encoder(tokenizer, field=field, append_eod=append_eod)
     check_inputs(inputs)
+    _check_output(output_prefix, inputs)
     documents = [0] * len(inputs)
     text_bytes = empty = repaired = 0
     with IndexWriter(output_prefix, vocab_size=tokenizer.vocab_size, overwrite=overwrite) as writer:
@@ -177,6 +178,21 @@ def preprocess(
         )
     seconds = time.monotonic() - started
     return Summary(sidecar=sidecar, empty=empty, repaired=repaired, seconds=seconds)
+
+
+def _check_output(prefix: str | Path, inputs: Sequence[str | Path]) -> None:
+    """Refuse to write over an input, whatever it is called and whether or not told to."""
+    for output in (Path(f"{prefix}{suffix}") for suffix in SUFFIXES):
+        for path in map(Path, inputs):
+            try:
+                same = output.samefile(path)
+            except OSError:  # the output is not there yet
+                continue
+            if same:
+                raise DataError(
+                    f"{path}: is an input, and --output-prefix {prefix} would write over it. "
+                    "Choose another --output-prefix."
+                )
 
 
 def _encode_elsewhere(

@@ -195,3 +195,77 @@ def test_a_directory_that_cannot_be_made_is_a_fault(tmp_path: Path) -> None:
 def test_token_type_is_megatrons() -> None:
     for size in (1, 65_499, 65_500, 65_536, 151_936):
         assert token_dtype(size) is DType.optimal_dtype(size)
+
+
+def test_overwriting_replaces_indices_alone(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('[{"text": "a corpus"}]')
+    with pytest.raises(DataError, match=r"p\.json: not the sidecar of an index"):
+        write_index(tmp_path / "p", [[1]], overwrite=True)
+    assert (tmp_path / "p.json").read_text() == '[{"text": "a corpus"}]'
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
+    prefix = write_index(tmp_path / "q", [[1]])
+    os.truncate(f"{prefix}.json", 120)  # damaged, but ours
+    assert check_index(write_index(tmp_path / "q", [[1, 2]], overwrite=True)).tokens == 2
+
+
+def test_one_prefix_has_one_writer(tmp_path: Path) -> None:
+    with IndexWriter(tmp_path / "p", vocab_size=1000):
+        with (
+            pytest.raises(DataError, match="another run is writing this index"),
+            IndexWriter(tmp_path / "p", vocab_size=1000, overwrite=True),
+        ):
+            pass
+        write_index(tmp_path / "q", [[1]])  # another prefix is another matter
+    assert check_index(write_index(tmp_path / "p", [[1]])).tokens == 1
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["p"] * 3 + ["q"] * 3
+
+
+def test_an_index_that_appears_before_the_start_is_kept(tmp_path: Path) -> None:
+    late = IndexWriter(tmp_path / "p", vocab_size=1000)
+    prefix = write_index(tmp_path / "p", [[1, 2]])
+    with pytest.raises(DataError, match="exists already"), late:
+        pass
+    assert check_index(prefix).tokens == 2
+
+
+def test_temporary_names_differ_in_equal_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # as two containers may have it
+    writers = [IndexWriter(tmp_path / "p", vocab_size=1000) for _ in range(2)]
+    assert writers[0]._temporary(".bin") != writers[1]._temporary(".bin")
+
+
+def test_leftovers_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    stale = ["p.bin.tmp-123", "p.json.tmp-0123456789abcdef", ".p.lock"]
+    other = ["q.bin.tmp-123", "xp.bin.tmp-123", "p.bin.tmp-mine", "p.txt"]
+    for name in stale + other:
+        (tmp_path / name).write_text("x")
+    write_index(tmp_path / "p", [[1]])
+    assert {path.name for path in tmp_path.iterdir()} == {"p.bin", "p.idx", "p.json", *other}
+
+
+def test_a_fault_while_files_are_put_in_place_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write_index(tmp_path / "p", [[1, 2]])
+
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(DataError, match=r"in its place \(Input/output error\).*earlier one is gon"):
+        write_index(tmp_path / "p", [[3]], overwrite=True)
+    assert not Path(f"{prefix}.idx").exists()
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("prefix", ["", "sub/", "sub/..", "."])
+def test_a_prefix_needs_a_name(prefix: str) -> None:
+    with pytest.raises(DataError, match="ends without a name"):
+        IndexWriter(prefix, vocab_size=10)
+
+
+def test_a_name_too_long_is_a_fault(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot write the index \(File name too long\)"):
+        write_index(tmp_path / ("p" * 300), [[1]])

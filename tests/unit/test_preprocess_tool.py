@@ -167,3 +167,24 @@ def test_help_shows_an_example() -> None:
     result = run("--help")
     assert result.returncode == 0
     assert "--output-prefix data/domain --workers 8" in result.stdout
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_an_input_is_never_written_over(
+    tmp_path: Path, tokenizer_dir: Path, overwrite: bool, suffix: str
+) -> None:
+    source = tmp_path / f"domain{suffix}"
+    source.write_text(json.dumps({"text": TEXTS[0]}))
+    before = source.read_bytes()
+    if suffix == ".jsonl":  # the same file under the name of an output
+        (tmp_path / "domain.bin").hardlink_to(source)
+    with pytest.raises(DataError, match=r"is an input, and --output-prefix .* would write over it"):
+        preprocess(
+            [source],
+            tokenizer_dir=tokenizer_dir,
+            output_prefix=tmp_path / "domain",
+            overwrite=overwrite,
+        )
+    assert source.read_bytes() == before
+    assert not (tmp_path / "domain.idx").exists()
