@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from megatron_cgn.errors import ModelError
 from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, module_spelling, parameter_table
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
-from megatron_cgn.hf.weights import open_weights
+from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.parallel.reduce import first_problem
 
 _BLOCK_BYTES = 64 * 2**20
 """Bytes of a file that are in memory at once while they are copied."""
@@ -29,8 +32,10 @@ def load_weights(
 ) -> None:
     """Fill a model's parameters from a Hugging Face directory, in place.
 
-    Not collective, but every rank checks every header, so that a faulty directory is refused
-    on all ranks alike. Values are cast to the parameters' types; padding rows become zero.
+    Every rank checks every header, so that a faulty directory is refused on all ranks alike.
+    Collective over all ranks if a tied model holds its embedding twice: the first rank alone
+    then reads both, to compare them. Values are cast to the parameters' types; padding rows
+    become zero.
 
     Args:
         model_chunks: This rank's ``GPTModel`` chunks (one, or one per virtual pipeline stage),
@@ -41,9 +46,13 @@ def load_weights(
 
     Raises:
         ModelError: If a file or tensor is missing, truncated, of a wrong shape or unexpected,
-            naming file and tensor.
+            or a tied output layer differs from the embedding, naming file and tensor.
     """
     source = open_weights(path, architecture)
+    if has_tied_copy(source, architecture):
+        fault = tied_copy_fault(source) if dist.get_rank() == 0 else None
+        if first := first_problem(fault):
+            raise ModelError(first)
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     for parameter, weight in model_parameters(model_chunks, architecture):
         _fill(weight, parameter, source, tp_rank=tp_rank, tp_size=tp_size)

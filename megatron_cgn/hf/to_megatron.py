@@ -40,7 +40,7 @@ from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, parameter_table
 from megatron_cgn.hf.files import check_free_space, copy_side_files, new_directory, write_json
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
 from megatron_cgn.hf.streaming import BLOCK_BYTES, Progress, run_in_threads
-from megatron_cgn.hf.weights import open_weights
+from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.heads import padded_vocab_size
 
@@ -80,6 +80,8 @@ def convert_to_megatron(
     source, target = Path(source_dir), Path(out_dir)
     architecture = read_architecture(source)
     weights = open_weights(source, architecture)
+    if has_tied_copy(weights, architecture) and (fault := tied_copy_fault(weights)):
+        raise ModelError(fault)
     padded = padded_vocab_size(
         architecture.vocab_size, multiple=make_vocab_size_divisible_by, tensor_parallel_size=1
     )

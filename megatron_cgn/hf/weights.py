@@ -3,12 +3,17 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from megatron_cgn.errors import ModelError
 from megatron_cgn.hf.families import hf_shapes
-from megatron_cgn.hf.safetensors_io import SafetensorsDirectory
+from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
+from megatron_cgn.hf.streaming import BLOCK_BYTES
 from megatron_cgn.model.architecture import Architecture
 
 logger = logging.getLogger(__name__)
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def open_weights(path: str | Path, architecture: Architecture) -> SafetensorsDirectory:
@@ -51,5 +56,41 @@ def _is_redundant(name: str, architecture: Architecture) -> bool:
     """Whether a tensor may be in a directory though nothing reads it."""
     # Old Llama files hold RoPE's frequencies; some tied models hold their embedding twice.
     return name.endswith(".rotary_emb.inv_freq") or (
-        name == "lm_head.weight" and architecture.tie_word_embeddings
+        name == _HEAD and architecture.tie_word_embeddings
+    )
+
+
+def has_tied_copy(source: SafetensorsDirectory, architecture: Architecture) -> bool:
+    """Whether a tied model holds its embedding twice, so that `tied_copy_fault` must read it."""
+    return architecture.tie_word_embeddings and _HEAD in source.places
+
+
+def tied_copy_fault(source: SafetensorsDirectory) -> str | None:
+    """Compare a tied model's output layer with its embedding, block by block.
+
+    Such a model has two different matrices, whatever its ``config.json`` says: `transformers`
+    does not tie them either.
+
+    Args:
+        source: A directory of which `has_tied_copy` holds.
+
+    Returns:
+        What is wrong, or None if the two are equal.
+    """
+    place = source.places[_EMBEDDING]
+    same = place.shape == source.places[_HEAD].shape
+    row_bytes = place.num_bytes // max(1, place.shape[0])
+    for rows in row_blocks(place.shape[0], row_bytes, block_bytes=BLOCK_BYTES):
+        if not same:
+            break
+        ours, copy = source.view(_EMBEDDING, rows), source.view(_HEAD, rows)
+        common = torch.promote_types(ours.dtype, copy.dtype)
+        same = torch.equal(ours.to(common), copy.to(common))
+        source.drop(_EMBEDDING, rows)
+        source.drop(_HEAD, rows)
+    if same:
+        return None
+    return (
+        f"{source.places[_HEAD].file}: tensor {_HEAD!r} differs from the embedding, though "
+        "config.json says that they are one; set tie_word_embeddings to false"
     )

@@ -1,12 +1,13 @@
 """Hugging Face → TP2 × PP2 → Hugging Face, and Megatron's own loader on converted checkpoints."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_cgn.config.schema import ModelConfig, ParallelConfig
 from megatron_cgn.errors import ModelError
@@ -110,7 +111,23 @@ def _rank(root: str, names: list[str]) -> list[str]:
                     "optimizer.state.exp_avg", torch.ones(4), replica_id=state.rank
                 )
                 dist_checkpointing.save(saved, str(dist))
+    faults += _untied_is_refused(state, Path(root))
     return faults + _disk_refuses(state, Path(root), names[0])
+
+
+def _untied_is_refused(state: Any, root: Path) -> list[str]:
+    """Every rank refuses a tied model with an output layer of its own, though one compares."""
+    from megatron_cgn.hf.config import read_architecture
+    from megatron_cgn.hf.load import load_weights
+
+    source = root / "untied"
+    architecture = read_architecture(source)
+    chunks = _build(architecture, state, virtual_size=None, multiple=16)
+    try:
+        load_weights(chunks, source, architecture=architecture, groups=state.groups)
+    except ModelError as error:
+        return [] if "differs from the embedding" in str(error) else [str(error)]
+    return ["an output layer that is not tied went unnoticed"]
 
 
 def _disk_refuses(state: Any, root: Path, name: str) -> list[str]:
@@ -152,9 +169,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, fields in CASES.items():
         tiny_hf_model(root / "hf" / name, **fields)
         convert_to_megatron(root / "hf" / name, root / "ckpt" / name)
+    _write_untied(root / "hf" / "llama-tied-wide-heads", root / "untied")
     for rank, faults in enumerate(run_distributed(_rank, NUM_PROCESSES, str(root), list(CASES))):
         assert not faults, f"rank {rank}: {faults}"
     return root
+
+
+def _write_untied(source: Path, target: Path) -> None:
+    """Give a tied model an output layer that differs in its last row."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1] += 1.0
+    save_file(tensors | {"lm_head.weight": head}, target / "model.safetensors")
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -9,8 +9,10 @@ from hf_samples import read_tensors, write_sample
 from safetensors.torch import save_file
 
 from megatron_cgn.errors import ModelError
+from megatron_cgn.hf import weights
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.safetensors_io import ShardWriter, plan_shards, row_blocks
+from megatron_cgn.hf.to_megatron import convert_to_megatron
 from megatron_cgn.hf.weights import open_weights
 
 
@@ -27,11 +29,11 @@ def test_accepts_every_family(tmp_path: Path, model_type: str, files: int) -> No
 
 def test_views_are_the_files_rows(tmp_path: Path) -> None:
     values = write_sample(tmp_path / "m")
-    weights = open_weights(tmp_path / "m", read_architecture(tmp_path / "m"))
+    opened = open_weights(tmp_path / "m", read_architecture(tmp_path / "m"))
     name = "model.embed_tokens.weight"
-    view = weights.view(name, slice(5, 70))
+    view = opened.view(name, slice(5, 70))
     assert torch.equal(view, values[name][5:70])
-    weights.drop(name, slice(5, 70))
+    opened.drop(name, slice(5, 70))
     assert torch.equal(view, values[name][5:70])
 
 
@@ -57,6 +59,30 @@ def test_lets_redundant_tensors_be(tmp_path: Path) -> None:
     values["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(5)
     save_file(values, tmp_path / "m" / "model.safetensors")
     _open(tmp_path / "m")
+
+
+@pytest.mark.parametrize("rows_of_a_block", [5, 1000])
+def test_a_tied_model_with_another_output_layer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_of_a_block: int
+) -> None:
+    monkeypatch.setattr(weights, "BLOCK_BYTES", rows_of_a_block * 24 * 2)
+    values = write_sample(tmp_path / "m", tied=True)
+    architecture = read_architecture(tmp_path / "m")
+    head = values["model.embed_tokens.weight"].clone()
+    for same, stored in ((True, head), (True, head.float()), (False, head.clone())):
+        if not same:
+            stored[70, 3] += 1.0
+        file = tmp_path / "m" / "model.safetensors"
+        save_file(values | {"lm_head.weight": stored}, file)
+        opened = open_weights(tmp_path / "m", architecture)
+        assert weights.has_tied_copy(opened, architecture)
+        fault = weights.tied_copy_fault(opened)
+        assert (fault is None) == same
+    assert fault is not None and fault.startswith(f"{file}: ")
+    assert "'lm_head.weight' differs from the embedding" in fault
+    with pytest.raises(ModelError, match="set tie_word_embeddings to false"):
+        convert_to_megatron(tmp_path / "m", tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_names_a_wrong_shape(tmp_path: Path) -> None:
