@@ -10,9 +10,9 @@ leaves the others waiting in a barrier.
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ class BlendRecipe:
             "sequences": self.num_sequences,
             "seq_length": self.seq_length,
             "seed": self.seed,
-            "sources": [(_identity(plan), plan.share) for plan in self.plans],
+            "sources": [(plan.training.identity, plan.share) for plan in self.plans],
         }
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
@@ -107,7 +107,8 @@ class BlendRecipe:
         parts = [
             GPTDataset(
                 IndexedDataset(plan.training.index.prefix),
-                _identity(plan),
+                # Stands for a path in Megatron's hashes.
+                plan.training.identity,
                 np.arange(plan.training.start, plan.training.stop, dtype=np.int32),
                 count,
                 Split.train,
@@ -178,7 +179,7 @@ def fill_cache(recipe: BlendRecipe, folder: Path) -> tuple[int, ...]:
     drawn = recipe.draw()
     if folder.is_dir():
         return drawn
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
     try:
         recipe.open(drawn, temporary)
         try:
@@ -233,9 +234,3 @@ class _NoTokenizer:
     vocab_size = None
     eod = None
     unique_identifiers: dict[str, Any] = {}
-
-
-def _identity(plan: SourcePlan) -> str:
-    """Name of a source's training documents by content; stands for a path in Megatron's hashes."""
-    documents = plan.training
-    return f"{documents.index.sidecar.digest}[{documents.start}:{documents.stop}]"

@@ -1,15 +1,19 @@
 """The training blend: proportions, epochs, order, and a cache that is never stale or half-built."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from torch.utils.data import Dataset
 
 from megatron_cgn.config.schema import DataConfig, SourceConfig
+from megatron_cgn.data.gpt_blend import BlendRecipe
 from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data
+from megatron_cgn.data.windows import Sample
 from megatron_cgn.errors import DataError
 from tests.unit.data_samples import byte_level_tokenizer, numbered_documents, write_index
 from tokenizer.wrapper import Tokenizer
@@ -203,3 +207,22 @@ def test_more_epochs_than_documents_of_a_tiny_source(world: World) -> None:
     data = world.build(64, a=0.5, c=0.5)
     assert data.account[1].epochs == pytest.approx(32 * SEQ / 2)
     assert sum(row[0] > 20_000 for row in rows(data)) == 32
+
+
+def test_runs_with_equal_process_ids_build_the_cache_apart(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers that share a cache: the second must not remove what the first builds."""
+    folders: list[Path] = []
+    original = BlendRecipe.open
+
+    def opened(self: BlendRecipe, drawn: Sequence[int], folder: Path) -> Dataset[Sample]:
+        folders.append(folder)
+        if len(folders) == 1:
+            world.build(50, a=1.0)
+        return original(self, drawn, folder)
+
+    monkeypatch.setattr(BlendRecipe, "open", opened)
+    world.build(50, a=1.0)
+    assert folders[0] != folders[1]
+    assert len(list((world.folder / "cache").iterdir())) == 1
