@@ -10,8 +10,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,24 +85,43 @@ def write_demo_model(output: Path, *, gguf: Path | None = None) -> bool:
         Whether it was written; False if it was there already.
 
     Raises:
-        ModelError: The model file is missing or is another one, or ``output`` exists and was
-            not written by this function.
+        ModelError: The model file is missing or is another one, ``output`` exists, holds
+            something and was not written by this function, or it cannot be written.
     """
     if is_sound(output):
         return False
-    if output.exists() and not (output / MANIFEST).exists():
-        raise ModelError(
-            f"{output} exists and holds something else than the demo model; "
-            "remove it or choose another output directory"
-        )
-    gguf = gguf or find_gguf()
-    _check_hash(gguf)
-    beside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
+        if _is_foreign(output):
+            raise ModelError(
+                f"{output} exists and holds something else than the demo model; "
+                "remove it or choose another output directory"
+            )
+        gguf = gguf or find_gguf()
+        _check_hash(gguf)
+        _write_beside(output, gguf)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the demo model to {output} ({error.strerror or error}); nothing was "
+            "left behind; make room or choose another output directory"
+        ) from error
+    return True
+
+
+def _is_foreign(output: Path) -> bool:
+    if not output.is_dir():
+        return output.exists()
+    return any(output.iterdir()) and not (output / MANIFEST).exists()
+
+
+def _write_beside(output: Path, gguf: Path) -> None:
+    """Convert into a directory of this run's own and rename that."""
+    beside = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        beside.mkdir(parents=True)
         _convert(gguf, beside)
         _write_manifest(beside)
+        if is_sound(output):
+            return  # another process was faster; what it wrote may be in use
         shutil.rmtree(output, ignore_errors=True)
         try:
             beside.rename(output)
@@ -112,7 +131,6 @@ def write_demo_model(output: Path, *, gguf: Path | None = None) -> bool:
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return True
 
 
 def is_sound(directory: Path) -> bool:
@@ -157,6 +175,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _convert(gguf: Path, directory: Path) -> None:
     """Write every file of the Hugging Face directory but the manifest."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
@@ -170,7 +189,10 @@ def _convert(gguf: Path, directory: Path) -> None:
     config = _config(reader)
     log.info("dequantising %s", gguf.name)
     weights = directory / "model.safetensors"
-    save_file(dict(_weights(reader, config)), weights, {"format": "pt"})
+    try:
+        save_file(dict(_weights(reader, config)), weights, {"format": "pt"})
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(str(error)) from error
     _write_json(directory / "config.json", config)
     # safetensors makes its files readable by the owner alone.
     weights.chmod((directory / "config.json").stat().st_mode)

@@ -179,7 +179,7 @@ def test_a_failed_conversion_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(demo, "_convert", convert)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ModelError, match=r"cannot write the demo model to .*\(No space left"):
         demo.write_demo_model(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -223,3 +223,40 @@ def test_the_command_refuses_a_foreign_directory_with_one_message(tmp_path: Path
     assert done.stderr.startswith(f"error: {tmp_path} exists and holds something else")
     assert "Traceback" not in done.stderr
     assert keep.read_text() == "mine"
+
+
+def test_outputs_that_cannot_be_written_are_faults(
+    tmp_path: Path, quick_conversion: list[Path]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for output in (Path("/proc/model"), tmp_path / "file" / "model", tmp_path / ("m" * 250)):
+        with pytest.raises(ModelError, match="cannot write the demo model to"):
+            demo.write_demo_model(output)
+    with pytest.raises(ModelError, match="holds something else"):
+        demo.write_demo_model(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_empty_directory_may_be_filled(tmp_path: Path, quick_conversion: list[Path]) -> None:
+    assert demo.write_demo_model(tmp_path)
+    assert demo.is_sound(tmp_path)
+
+
+def test_runs_at_the_same_time_leave_each_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def convert(gguf: Path, output: Path) -> None:
+        for name in demo.FILES:
+            (output / name).write_text(name)
+        written.append(output)
+        if len(written) == 1:  # a second run starts and ends while this one converts
+            assert demo.write_demo_model(tmp_path / "model")
+            assert (output / "config.json").exists()
+            assert written[1] != output
+
+    monkeypatch.setattr(demo, "_convert", convert)
+    assert demo.write_demo_model(tmp_path / "model")
+    assert demo.is_sound(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
