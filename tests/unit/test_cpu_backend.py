@@ -1,0 +1,188 @@
+"""The CPU backend: what it answers, what it leaves alone, and that CUDA turns it off.
+
+Each case runs in a process of its own, since patches stay for a process's life.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SNAPSHOT = """
+import json, sys, torch, torch.cuda.random, torch.cuda.nvtx, megatron.core
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron_cgn.parallel import cpu
+
+PLACES = [torch, torch.cuda, torch.cuda.random, torch.cuda.nvtx, torch.Tensor, torch.nn.Module,
+          torch.nn.functional, torch.random, torch.compiler, torch.autograd, torch.distributed,
+          megatron_random]
+
+def snapshot():
+    # Objects themselves, so that a replaced one cannot come back under the same id.
+    return {(p.__name__, n): v for p in PLACES for n, v in vars(p).items()}
+
+def replaced(before):
+    after = snapshot()
+    names = {*before, *after}
+    return sorted(".".join(n) for n in names if before.get(n) is not after.get(n))
+"""
+
+
+def _python(code: str) -> Any:
+    """Run code in a fresh interpreter; what it prints last, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SNAPSHOT + code],
+        capture_output=True,
+        text=True,
+        cwd=_ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_where_cuda_is_there_nothing_at_all_is_replaced() -> None:
+    result = _python("""
+stance = torch.compiler.get_default_backend
+torch.cuda.is_available = lambda: True
+filters = list(__import__("logging").getLogger(megatron_random.__name__).filters)
+before = snapshot()
+answers = [cpu.install(), cpu.install(), cpu.is_installed()]
+modes = torch.overrides._get_current_function_mode_stack()
+after = list(__import__("logging").getLogger(megatron_random.__name__).filters)
+compiled = torch._dynamo.eval_frame._stance.stance
+print(json.dumps([answers, replaced(before), len(modes), filters == after, compiled,
+                  cpu.backend(), len(before)]))
+""")
+    answers, changed, modes, same_filters, stance, backend, looked_at = result
+    assert answers == [False, False, False]
+    assert changed == []
+    assert looked_at > 2000
+    assert modes == 0
+    assert same_filters
+    assert stance == "default"
+    assert backend == "nccl"
+
+
+@pytest.fixture(scope="module")
+def installed() -> dict[str, Any]:
+    """Everything that is asked of one process without CUDA, after installing."""
+    answer: dict[str, Any] = _python("""
+from megatron.core import tensor_parallel
+import tempfile
+before = snapshot()
+plain_type = torch.zeros(1).type()
+out = {"first": cpu.install(), "installed": cpu.is_installed()}
+changed = replaced(before)
+again = snapshot()
+out["second"] = cpu.install()
+out["changed_again"] = replaced(again)
+out["changed"] = changed
+out["available"] = torch.cuda.is_available()
+out["backend"] = cpu.backend()
+out["device"] = str(cpu.device())
+cuda = torch.device("cuda")
+made = {
+    "zeros": torch.zeros(2, device="cuda"),
+    "empty": torch.empty(2, device="cuda:0"),
+    "arange": torch.arange(3, device=cuda),
+    "tensor": torch.tensor([1.5], device="cuda", pin_memory=True),
+    "like": torch.zeros_like(torch.ones(2, 2), device=torch.cuda.current_device()),
+    "to": torch.ones(2).to("cuda"),
+    "to_keyword": torch.ones(2).to(device="cuda", dtype=torch.float64),
+    "cuda": torch.ones(2).cuda(),
+    "module": torch.nn.Linear(2, 2).cuda().weight,
+}
+out["devices"] = {n: t.device.type for n, t in made.items()}
+out["to_dtype"] = str(made["to_keyword"].dtype)
+out["meta"] = [
+    torch.zeros(2, device="meta").device.type,
+    torch.ones(2).to("meta").device.type,
+]
+with torch.device("meta"):
+    out["meta_context"] = [torch.empty(2).device.type, torch.arange(3).device.type,
+                           torch.nn.Linear(2, 2).weight.device.type]
+out["types"] = [torch.zeros(1).type(), torch.zeros(1, dtype=torch.bfloat16).type(),
+                str(torch.zeros(1).type(torch.float64).dtype)]
+torch.manual_seed(3)
+state = torch.cuda.get_rng_state()
+first = torch.rand(4)
+torch.cuda.set_rng_state(state)
+out["rng"] = torch.equal(first, torch.rand(4))
+torch.cuda.manual_seed(5); a = torch.rand(2)
+torch.manual_seed(5); b = torch.rand(2)
+out["seed"] = torch.equal(a, b)
+stream = torch.cuda.Stream()
+event = stream.record_event()
+with torch.cuda.stream(stream):
+    torch.cuda.current_stream().wait_stream(stream); event.wait(); event.synchronize()
+out["events"] = [event.query(), stream.query()]
+from transformers import AutoModelForCausalLM
+from megatron_cgn.testing import tiny_hf_model
+with tempfile.TemporaryDirectory() as root:
+    path = tiny_hf_model(root, "llama")
+    for _ in range(3):  # memory handed out again holds other values
+        junk = [torch.full((n,), 7.7) for n in (8, 16, 32, 64)]
+        del junk
+        model = AutoModelForCausalLM.from_pretrained(path)
+    frequencies = model.model.rotary_emb.inv_freq.tolist()
+out["frequencies"] = frequencies
+print(json.dumps(out))
+""")
+    return answer
+
+
+def test_installing_is_idempotent_and_tells_the_truth(installed: dict[str, Any]) -> None:
+    assert installed["first"] and installed["second"] and installed["installed"]
+    assert installed["changed_again"] == []
+    assert installed["available"] is False
+    assert (installed["backend"], installed["device"]) == ("gloo", "cpu")
+
+
+def test_what_is_replaced_is_only_what_is_announced(installed: dict[str, Any]) -> None:
+    from megatron_cgn.parallel import cpu
+
+    allowed = {f"torch.{name}" for name in cpu._FACTORIES}
+    allowed |= {f"Tensor.{n}" for n in ("to", "type", "cuda", "record_stream")} | {"Module.cuda"}
+    rest = [
+        name
+        for name in installed["changed"]
+        if name not in allowed
+        and not name.startswith(("torch.cuda.", "torch.cuda.random.", "torch.cuda.nvtx."))
+        and name != "megatron.core.tensor_parallel.random._set_cuda_rng_state"
+    ]
+    assert rest == []
+    assert "torch.cuda.is_available" not in installed["changed"]
+
+
+def test_every_way_of_asking_for_cuda_gives_the_cpu(installed: dict[str, Any]) -> None:
+    assert set(installed["devices"].values()) == {"cpu"}
+    assert installed["to_dtype"] == "torch.float64"
+
+
+def test_other_devices_are_still_themselves(installed: dict[str, Any]) -> None:
+    assert installed["meta"] == ["meta", "meta"]
+    assert installed["meta_context"] == ["meta", "meta", "meta"]
+
+
+def test_type_names_are_those_megatron_compares(installed: dict[str, Any]) -> None:
+    assert installed["types"] == [
+        "torch.cuda.FloatTensor",
+        "torch.cuda.BFloat16Tensor",
+        "torch.float64",
+    ]
+
+
+def test_random_state_of_cuda_is_that_of_the_cpu(installed: dict[str, Any]) -> None:
+    assert installed["rng"] and installed["seed"]
+    assert installed["events"] == [True, True]
+
+
+def test_transformers_still_loads_models_whole(installed: dict[str, Any]) -> None:
+    # Its RoPE frequencies are made on the meta device and filled afterwards.
+    expected = [10000.0 ** (-2 * i / 16) for i in range(8)]
+    assert installed["frequencies"] == pytest.approx(expected, rel=1e-6)
