@@ -1,6 +1,7 @@
 """What a person sees: a line a step, a progress bar, metrics.jsonl, TensorBoard, loss.png."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -54,7 +55,7 @@ class Monitor:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self._last_time = time.perf_counter()
+        self._last_time = self._idle_since = time.perf_counter()
         self._last_step = first_step
         self._seconds = 0.0
         self._counted_steps = 0
@@ -63,9 +64,9 @@ class Monitor:
         """Record a step, if its turn has come."""
         self._bar.update(1)
         done = report.step - self._last_step
+        now = self._idle_since = time.perf_counter()
         if not report.metrics:
             return
-        now = time.perf_counter()
         step_time = (now - self._last_time) / done
         self._seconds += now - self._last_time
         self._counted_steps += done
@@ -91,13 +92,12 @@ class Monitor:
         self._write({"step": step, **metrics})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self._say(f"step {step:>6}  {shown}")
-        # Validation is no part of a step's time.
-        self._last_time = time.perf_counter()
+        self._leave_out_time()
 
     def on_message(self, message: str) -> None:
         """Show a line."""
         self._say(message)
-        self._last_time = time.perf_counter()
+        self._leave_out_time()
 
     def on_end(self) -> None:
         """Close the files and draw the plot."""
@@ -107,6 +107,12 @@ class Monitor:
         records = read_records(self._path)
         if any("loss" in record for record in records):
             plot_losses(records, self._plot_path)
+
+    def _leave_out_time(self) -> None:
+        """Validating and saving, since the last step ended, are no part of a step's time."""
+        now = time.perf_counter()
+        self._last_time += now - self._idle_since
+        self._idle_since = now
 
     def _line(self, record: dict[str, Any]) -> str:
         left = (self._total_steps - record["step"]) * self._seconds / self._counted_steps
@@ -118,7 +124,7 @@ class Monitor:
         )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
         for name, value in record.items():
             if name != "step" and value is not None:
@@ -170,7 +176,7 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
     scored = [r for r in records if any(n.startswith("val/") for n in r)]
     if not scored:
         return ""
-    first, last = scored[0], scored[-1]
+    last = scored[-1]
     rows = [
         "| source | loss before | after | bits per byte before | after | change |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -178,10 +184,12 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
     for name in (n for n in last if n.endswith("/bits_per_byte")):
         source = name.split("/")[1]
         loss = f"val/{source}/loss"
-        change = 100 * (last[name] / first[name] - 1)
+        first = next(record for record in scored if name in record)
+        # A score that was no number is null in the file.
+        cells = [math.nan if r[n] is None else r[n] for n in (loss, name) for r in (first, last)]
+        change = 100 * (cells[3] / cells[2] - 1)
         rows.append(
-            f"| {source} | {first[loss]:.4f} | {last[loss]:.4f} | {first[name]:.4f} | "
-            f"{last[name]:.4f} | {change:+.1f} % |"
+            f"| {source} | " + " | ".join(f"{c:.4f}" for c in cells) + f" | {change:+.1f} % |"
         )
     return "\n".join(rows)
 
@@ -227,6 +235,14 @@ def _keep_records(path: Path, *, upto: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
     partial.replace(path)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,248 @@
+"""What a run leaves behind and shows: metrics.jsonl, TensorBoard, loss.png, lines, the table."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cgn.engine import metrics
+from megatron_cgn.engine.engine import StepReport
+from megatron_cgn.engine.metrics import Monitor, before_after_table, plot_losses, read_records
+
+TOKENS = 1000
+
+
+class _Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(metrics.time, "perf_counter", clock.perf_counter)
+    return clock
+
+
+def _monitor(path: Path, *, first_step: int = 0, total_steps: int = 10) -> Monitor:
+    return Monitor(path, total_steps=total_steps, first_step=first_step, tokens_per_step=TOKENS)
+
+
+def _report(step: int, *, logged: bool = True, **changes: Any) -> StepReport:
+    values: dict[str, Any] = dict(
+        step=step,
+        metrics={"loss": 7.0 - step / 10, "rewards/margins": 0.5} if logged else {},
+        count=90 if logged else 0,
+        lr=1e-5 * step,
+        grad_norm=2.0 + step,
+        skipped=False,
+    )
+    return StepReport(**(values | changes))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_have_the_promised_fields(
+    tmp_path: Path, clock: _Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = _monitor(tmp_path / "run")
+    for step in (1, 2):
+        clock.now += 0.5
+        monitor.on_step(_report(step))
+    monitor.on_end()
+    first, second = _lines(tmp_path / "run")
+    assert list(first) == [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_s",
+        "step_time_s",
+        "rewards/margins",
+    ]
+    assert second == {
+        "step": 2,
+        "loss": 6.8,
+        "lr": 2e-5,
+        "grad_norm": 4.0,
+        "tokens": 2000,
+        "tokens_per_s": 2000.0,
+        "step_time_s": 0.5,
+        "rewards/margins": 0.5,
+    }
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[1].startswith(
+        "step      2/10  loss 6.8000  lr 2.00e-05  grad norm 4.000  2,000 tokens/s  memory "
+    )
+    # Eight steps of half a second are left.
+    assert shown[1].endswith("MiB  ETA 0:00:04")
+
+
+def test_records_are_in_the_file_as_soon_as_they_are_known(tmp_path: Path) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_step(_report(1))
+    assert [r["step"] for r in _lines(tmp_path)] == [1]
+    monitor.on_validation(1, {"val/domain/loss": 3.0, "val/domain/bits_per_byte": 1.25})
+    assert _lines(tmp_path)[1] == {
+        "step": 1,
+        "val/domain/loss": 3.0,
+        "val/domain/bits_per_byte": 1.25,
+    }
+    monitor.on_end()
+
+
+def test_skipped_step_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_step(_report(1, skipped=True, grad_norm=None))
+    monitor.on_step(_report(2))
+    monitor.on_end()
+    skipped, taken = _lines(tmp_path)
+    assert skipped["skipped"] == 1 and skipped["grad_norm"] is None
+    assert "skipped" not in taken
+    assert "grad norm skipped" in capsys.readouterr().err
+
+
+def test_rates_span_the_steps_between_reports_and_nothing_else(
+    tmp_path: Path, clock: _Clock
+) -> None:
+    monitor = _monitor(tmp_path)
+    clock.now += 50.0
+    monitor.on_validation(0, {"val/a/loss": 1.0})
+    for step in range(1, 5):
+        clock.now += 1.0
+        monitor.on_step(_report(step, logged=step == 4))
+        if step == 2:
+            clock.now += 30.0
+            monitor.on_validation(2, {"val/a/loss": 1.0})
+            clock.now += 20.0
+            monitor.on_message("saved a checkpoint")
+    clock.now += 9.0
+    monitor.on_message("saved a checkpoint")
+    clock.now += 2.0
+    monitor.on_step(_report(5))
+    monitor.on_end()
+    steps = [r for r in _lines(tmp_path) if "loss" in r]
+    assert [(r["step"], r["step_time_s"], r["tokens_per_s"]) for r in steps] == [
+        (4, 1.0, 1000.0),
+        (5, 2.0, 500.0),
+    ]
+
+
+def test_resumed_run_cuts_off_what_was_lost(tmp_path: Path) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_validation(0, {"val/a/loss": 5.0, "val/a/bits_per_byte": 2.0})
+    for step in range(1, 7):
+        monitor.on_step(_report(step))
+    monitor.on_validation(6, {"val/a/loss": 4.0, "val/a/bits_per_byte": 1.5})
+    monitor.on_end()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # killed while writing
+    resumed = _monitor(tmp_path, first_step=4)
+    assert [r["step"] for r in _lines(tmp_path)] == [0, 1, 2, 3, 4]
+    resumed.on_step(_report(5, lr=0.25))
+    resumed.on_end()
+    records = _lines(tmp_path)
+    assert [r["step"] for r in records] == [0, 1, 2, 3, 4, 5]
+    assert records[-1]["lr"] == 0.25
+    assert records[-1]["tokens"] == 5 * TOKENS
+
+
+def test_new_run_in_an_old_directory_starts_empty(tmp_path: Path) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_validation(0, {"val/a/loss": 5.0})
+    monitor.on_step(_report(1))
+    monitor.on_end()
+    _monitor(tmp_path).on_end()
+    assert _lines(tmp_path) == []
+
+
+def test_metrics_file_is_strict_json_also_for_nan(tmp_path: Path) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_step(_report(1, metrics={"loss": math.nan}, grad_norm=math.inf))
+    monitor.on_step(_report(2))
+    monitor.on_end()
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0], parse_constant=refuse)
+    assert first["loss"] is None and first["grad_norm"] is None
+    assert (tmp_path / "loss.png").is_file()
+
+
+def test_plot_is_a_whole_picture(tmp_path: Path) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_validation(0, {"val/a/loss": 5.0, "val/a/bits_per_byte": 2.0})
+    monitor.on_step(_report(1))
+    monitor.on_end()
+    from PIL import Image
+
+    with Image.open(tmp_path / "loss.png") as picture:
+        picture.load()
+        assert picture.size == (1200, 480)
+    plot_losses([{"step": 1, "loss": 2.0}], tmp_path / "narrow.png")
+    with Image.open(tmp_path / "narrow.png") as picture:
+        assert picture.size == (720, 480)
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["loss.png", "narrow.png"]
+
+
+def test_run_without_a_step_leaves_no_plot(tmp_path: Path) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_end()
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_tensorboard_has_the_same_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = _monitor(tmp_path)
+    monitor.on_step(_report(1))
+    monitor.on_validation(1, {"val/a/bits_per_byte": 2.5})
+    monitor.on_end()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/grad_norm", "rewards/margins"} <= tags
+    (loss,) = events.Scalars("train/loss")
+    assert (loss.step, round(loss.value, 5)) == (1, 6.9)
+    assert events.Scalars("val/a/bits_per_byte")[0].value == 2.5
+
+
+def test_truncated_last_record_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_table_compares_first_and_last_scores() -> None:
+    def scores(step: int, a: float | None, b: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "val/a/loss": 4.0,
+            "val/a/bits_per_byte": a,
+            "val/b/loss": 3.0 + step,
+            "val/b/bits_per_byte": b,
+        }
+
+    step = {"step": 1, "loss": 9.0}
+    records = [scores(0, 2.0, 1.0), step, scores(5, 9.9, 9.9), scores(9, 1.5, 1.1)]
+    rows = before_after_table(records).splitlines()
+    assert rows[2:] == [
+        "| a | 4.0000 | 4.0000 | 2.0000 | 1.5000 | -25.0 % |",
+        "| b | 3.0000 | 12.0000 | 1.0000 | 1.1000 | +10.0 % |",
+    ]
+    assert "| a | 4.0000 | 4.0000 | 2.0000 | nan | +nan % |" in before_after_table(
+        [scores(0, 2.0, 1.0), scores(1, None, 1.0)]
+    )
+    assert before_after_table([{"step": 1, "loss": 9.0}]) == ""
