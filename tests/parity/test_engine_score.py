@@ -1,12 +1,14 @@
 """`Engine.score` against `transformers`, on every kind of layout, and between training steps."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_runs import (
+    VOCABULARY,
     Case,
     build_engine,
     global_batch,
@@ -20,6 +22,7 @@ from torch import Tensor
 from megatron_cgn.batch import TokenBatch
 from megatron_cgn.config.schema import ParallelConfig
 from megatron_cgn.engine.engine import Engine
+from megatron_cgn.eval.bits_per_byte import score_held_out
 from megatron_cgn.objectives.next_token import NextToken
 from megatron_cgn.parallel.state import shutdown_parallel
 from megatron_cgn.testing import HF_LOGITS_ATOL, run_distributed
@@ -45,6 +48,8 @@ CASES: dict[str, Case] = {
     ),
     "dp2-overlap": Case(parallel=ParallelConfig(**OVERLAP)),
 }
+BYTE_LENGTHS = torch.arange(VOCABULARY) % 5
+"""Bytes each id might stand for; every fifth for none."""
 
 
 def _odd_batches(state: Any) -> list[TokenBatch]:
@@ -59,7 +64,9 @@ def _scores(engine: Engine) -> list[Any]:
 
 
 def _run_case(case: Case, path: Path) -> dict[str, Any]:
-    fresh = _scores(build_engine(case, path, prepare=False))
+    engine = build_engine(case, path, prepare=False)
+    fresh = _scores(engine)
+    held_out = score_held_out(engine, _odd_batches(engine.state), BYTE_LENGTHS)
     engine = build_engine(case, path)
     prepared = _scores(engine)
     plain = train(engine, steps=range(4))
@@ -73,6 +80,7 @@ def _run_case(case: Case, path: Path) -> dict[str, Any]:
     return {
         "dp_rank": engine.state.dp_rank,
         "fresh": fresh,
+        "held_out": dataclasses.asdict(held_out),
         "prepared": prepared,
         "after": after,
         "plain": [dataclasses.asdict(r) for r in plain],
@@ -137,6 +145,30 @@ def test_score_is_the_nll_of_transformers_on_every_rank(
                 torch.testing.assert_close(
                     torch.from_numpy(scored), nll, rtol=0, atol=HF_LOGITS_ATOL
                 )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_held_out_score_counts_every_token_once(
+    models: dict[str, Path], ranks: list[dict[str, Any]], case: str
+) -> None:
+    dp_ranks = sorted({rank[case]["dp_rank"] for rank in ranks})
+    total = tokens = text = size = 0.0
+    for dp_rank in dp_ranks:
+        batches = _odd_batches(_Rank(dp_rank))
+        nlls = _transformers_nll(models[CASES[case].model], batches)
+        for batch, nll in zip(batches, nlls, strict=True):
+            lengths = BYTE_LENGTHS[batch.labels] * batch.loss_mask
+            counted = nll.double() * batch.loss_mask
+            total += float(counted.sum())
+            tokens += float(batch.loss_mask.sum())
+            text += float(counted[lengths > 0].sum())
+            size += float(lengths.sum())
+    for rank in ranks:
+        score = rank[case]["held_out"]
+        assert (score["tokens"], score["text_bytes"]) == (tokens, size)
+        assert score["loss"] == pytest.approx(total / tokens, rel=1e-6)
+        assert score["bits_per_byte"] == pytest.approx(text / math.log(2) / size, rel=1e-6)
+        assert score == ranks[0][case]["held_out"]
 
 
 @pytest.mark.parametrize("case", CASES)
