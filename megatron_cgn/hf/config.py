@@ -6,71 +6,26 @@ not implemented, or that is not known at all, is an error: it is never ignored.
 """
 
 import json
-import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_cgn.errors import ModelError
+from megatron_cgn.hf.config_fields import (
+    FAMILIES,
+    HARMLESS,
+    READ,
+    REQUIRED_VALUES,
+    ROPE_FIELDS,
+)
 from megatron_cgn.model.architecture import Architecture, LinearRopeScaling, Llama3RopeScaling
 
-logger = logging.getLogger(__name__)
+_DEFAULT_WINDOW = 4096
+"""What `transformers` takes ``sliding_window`` for where it is absent."""
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of ``model_type`` that are implemented."""
-
-_READ = frozenset(
-    """model_type hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim vocab_size max_position_embeddings rms_norm_eps
-    tie_word_embeddings initializer_range rope_theta rope_scaling rope_parameters sliding_window
-    use_sliding_window max_window_layers layer_types dtype torch_dtype""".split()
-)
-"""Fields this module reads."""
-
-_REQUIRED_VALUES: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False,),
-    "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "hidden_dropout": (0, 0.0),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1, 1.0),
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
-    "use_qk_norm": (False,),
-    "is_encoder_decoder": (False,),
-    "is_decoder": (False, True),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "chunk_size_feed_forward": (0,),
-}
-"""Fields that would change the mathematics, with the values that leave it as implemented."""
-
-_HARMLESS = frozenset(
-    """architectures auto_map bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
-    unk_token_id mask_token_id decoder_start_token_id transformers_version use_cache _name_or_path
-    name_or_path return_dict output_hidden_states output_attentions return_dict_in_generate
-    torchscript use_bfloat16 id2label label2id problem_type num_labels finetuning_task
-    tokenizer_class prefix task_specific_params _attn_implementation _attn_implementation_autoset
-    attn_implementation is_llama_config transformers.js_config unsloth_version unsloth_fixed
-    _commit_hash language license
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens pruned_heads
-    tf_legacy_loss cross_attention_hidden_size""".split()
-)
-"""Fields that describe tokens, outputs, generation or provenance, not the mathematics."""
-
-_ROPE_FIELDS: Mapping[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset(
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    ),
-}
-"""RoPE types that are implemented, with their parameters."""
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+"""What it takes ``max_window_layers`` of Qwen models for where it is absent."""
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
@@ -147,6 +102,7 @@ class _Reader:
     def architecture(self) -> Architecture | None:
         """The architecture, or None after faults."""
         self._check_values()
+        self._check_class()
         self._check_window()
         heads = self._integer("num_attention_heads")
         hidden = self._integer("hidden_size")
@@ -158,6 +114,9 @@ class _Reader:
             head_dim = self._integer("head_dim", hidden // heads if heads else None)
             if "head_dim" not in self.config and heads and hidden % heads:
                 self.fault("hidden_size", f"not a multiple of num_attention_heads = {heads}")
+        if head_dim % 2:
+            # RoPE turns pairs of a head's components.
+            self.faults.append(f"head_dim = {head_dim}: must be even")
         if kv_heads and heads % kv_heads:
             self.fault("num_key_value_heads", f"must divide num_attention_heads = {heads}")
         theta, scaling = self._rope()
@@ -184,9 +143,9 @@ class _Reader:
     def _check_values(self) -> None:
         for field, value in self.config.items():
             # Absent and null both mean "not used" in Hugging Face configurations.
-            if value is None or field in _READ or field in _HARMLESS:
+            if value is None or field in READ or field in HARMLESS:
                 continue
-            allowed = _REQUIRED_VALUES.get(field)
+            allowed = REQUIRED_VALUES.get(field)
             if field == "quantization_config":
                 self.fault(field, "quantised weights are not supported; dequantise the model first")
             elif allowed is None:
@@ -197,46 +156,78 @@ class _Reader:
             elif value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
                 self.fault(field, f"only {json.dumps(allowed[0])} is implemented")
 
+    def _check_class(self) -> None:
+        """Refuse models that run another class's code."""
+        expected = [FAMILIES[self.family]]
+        if self.config.get("architectures") not in (None, expected):
+            self.fault("architectures", f"only {json.dumps(expected)} is implemented")
+        auto_map = self.config.get("auto_map")
+        # A tokenizer's code does not change the model.
+        harmless = ("AutoTokenizer", "AutoProcessor")
+        if auto_map is not None and (
+            not isinstance(auto_map, dict) or any(key not in harmless for key in auto_map)
+        ):
+            self.fault("auto_map", "models with code of their own are not supported")
+
     def _check_window(self) -> None:
-        """Refuse attention windows that a sequence could outgrow."""
-        window = self.config.get("sliding_window")
-        longest = self.config.get("max_position_embeddings")
-        in_use = window is not None
+        """Refuse attention windows that a sequence could outgrow, as `transformers` reads them."""
+        types = self._layer_types()
+        # Absent means 4096 to `transformers`, unlike null.
+        window = self.config.get("sliding_window", _DEFAULT_WINDOW)
+        if window is not None and not _is_integer(window, least=1):
+            self.fault("sliding_window", "expected a positive integer or null")
+            return
         if self.family in ("qwen2", "qwen3"):
-            first = self.config.get("max_window_layers") or 0
-            layers = self.config.get("num_hidden_layers") or 0
-            in_use = in_use and bool(self.config.get("use_sliding_window")) and first < layers
-        elif self.family == "llama":
-            in_use = False
-        types = self.config.get("layer_types")
-        if isinstance(types, list) and types:
-            in_use = window is not None and "sliding_attention" in types
-            if unknown := set(types) - {"full_attention", "sliding_attention"}:
-                self.fault("layer_types", f"{sorted(map(str, unknown))} is not implemented")
-        shorter = isinstance(window, int) and isinstance(longest, int) and window < longest
-        if in_use and shorter:
+            in_use = self._flag("use_sliding_window", default=False) and self._slides(types)
+        else:
+            # Mistral's layers all slide, whatever layer_types says; Llama's never do.
+            in_use = self.family == "mistral"
+        longest = self.config.get("max_position_embeddings")
+        if in_use and window is not None and _is_integer(longest, least=window + 1):
             self.fault(
                 "sliding_window",
+                f"{'' if 'sliding_window' in self.config else f'(absent means {window}) '}"
                 f"shorter than max_position_embeddings = {longest}, and windowed attention is not "
-                'implemented; set it to null (and "layer_types" to full attention), or set '
-                f"max_position_embeddings to {window}",
+                f"implemented; set it to null, or set max_position_embeddings to {window}",
             )
 
+    def _layer_types(self) -> list[str] | None:
+        types = self.config.get("layer_types")
+        known = ("full_attention", "sliding_attention")
+        if types is None or (isinstance(types, list) and all(kind in known for kind in types)):
+            return types
+        self.fault("layer_types", f"expected a list of {' and '.join(known)}")
+        return None
+
+    def _slides(self, types: list[str] | None) -> bool:
+        """Whether any layer of a Qwen model has a window, provided it uses one."""
+        if types is not None:
+            return "sliding_attention" in types
+        first = self.config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+        if not _is_integer(first, least=0):
+            self.fault("max_window_layers", "expected an integer of at least 0")
+            return False
+        layers = self.config.get("num_hidden_layers")
+        return _is_integer(layers, least=first + 1)
+
     def _rope(self) -> tuple[float, Llama3RopeScaling | LinearRopeScaling | None]:
-        old, new = self.config.get("rope_scaling"), self.config.get("rope_parameters")
-        for field, value in (("rope_scaling", old), ("rope_parameters", new)):
+        spellings: dict[str, dict[str, Any]] = {}
+        thetas: dict[str, Any] = {"rope_theta": self.config.get("rope_theta")}
+        for field in ("rope_parameters", "rope_scaling"):
+            value = self.config.get(field)
             if value is not None and not isinstance(value, dict):
                 self.fault(field, "expected an object or null")
                 return 1.0, None
-        name = "rope_parameters" if new else "rope_scaling"
-        rope = dict(new or old or {})
-        if old and new and dict(old).get("factor") != rope.get("factor"):
+            if value:
+                spellings[field] = _normal_rope(value)
+                thetas[f"{field}.rope_theta"] = spellings[field].pop("rope_theta", None)
+        name, rope = next(iter(spellings.items()), ("rope_scaling", {}))
+        if any(other != rope for other in spellings.values()):
             self.fault("rope_scaling", "disagrees with rope_parameters; keep one of the two")
-        theta = rope.pop("rope_theta", None)
-        top = self.config.get("rope_theta")
-        if theta is not None and top is not None and theta != top:
-            self.fault("rope_theta", f"disagrees with {name}.rope_theta = {theta}; keep one")
-        theta = theta if theta is not None else (10000.0 if top is None else top)
+        thetas = {field: theta for field, theta in thetas.items() if theta is not None}
+        theta = next(iter(thetas.values()), 10000.0)
+        if any(other != theta for other in thetas.values()):
+            self.fault("rope_theta", f"{json.dumps(thetas)} disagree; keep one")
         if not _is_number(theta) or theta <= 0:
             self.fault("rope_theta", "expected a positive number")
             theta = 1.0
@@ -245,36 +236,41 @@ class _Reader:
     def _rope_scaling(
         self, rope: dict[str, Any], name: str
     ) -> Llama3RopeScaling | LinearRopeScaling | None:
-        kinds = {rope.pop(key) for key in ("rope_type", "type") if isinstance(rope.get(key), str)}
-        if rope.get("partial_rotary_factor") in (1, None):
-            rope.pop("partial_rotary_factor", None)
-        if len(kinds) > 1 or (kind := next(iter(kinds), "default")) not in _ROPE_FIELDS:
-            self.fault(name, f"implemented rope types are {', '.join(_ROPE_FIELDS)}")
+        kind = rope.pop("rope_type", "default")
+        if not isinstance(kind, str) or "type" in rope or kind not in ROPE_FIELDS:
+            self.fault(name, f"implemented rope types are {', '.join(ROPE_FIELDS)}")
             return None
-        wanted = _ROPE_FIELDS[kind]
-        if unknown := sorted(key for key in set(rope) - wanted if rope[key] is not None):
+        wanted = ROPE_FIELDS[kind]
+        if unknown := sorted(rope.keys() - wanted):
             self.fault(name, f"{', '.join(unknown)} does not belong to rope type {kind!r}")
             return None
-        if bad := sorted(key for key in wanted if not _is_number(rope.get(key))):
-            self.fault(name, f"rope type {kind!r} needs {', '.join(bad)} as numbers")
+        if bad := sorted(key for key in wanted if not _is_number(rope.get(key)) or rope[key] <= 0):
+            self.fault(name, f"rope type {kind!r} needs {', '.join(bad)} as positive numbers")
             return None
         if kind == "linear":
             return LinearRopeScaling(factor=float(rope["factor"]))
         if kind == "llama3":
+            low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+            original = rope["original_max_position_embeddings"]
+            if high <= low:
+                self.fault(name, "high_freq_factor must be larger than low_freq_factor")
+            if original != int(original):
+                self.fault(name, "original_max_position_embeddings must be an integer")
             return Llama3RopeScaling(
                 factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+                low_freq_factor=low,
+                high_freq_factor=high,
+                original_max_position_embeddings=int(original),
             )
         return None
 
     def _integer(self, field: str, default: int | None = None) -> int:
         value = self.config.get(field)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if not _is_integer(value, least=1):
             self.fault(field, "expected a positive integer")
             return 0
+        assert value is not None
         return value
 
     def _number(self, field: str, default: float) -> float:
@@ -295,4 +291,24 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value is a number that a float holds: neither NaN nor infinite, nor a flag."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
+
+
+def _is_integer(value: Any, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _normal_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """One spelling of RoPE's parameters, without those that say nothing."""
+    rope = {key: value for key, value in fields.items() if value is not None}
+    if rope.get("rope_type", rope.get("type")) == rope.get("type"):
+        rope["rope_type"] = rope.pop("type", "default")
+    rope.setdefault("rope_type", "default")
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    return rope

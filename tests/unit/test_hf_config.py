@@ -44,6 +44,12 @@ LLAMA_3_1: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"]},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128},
+}
 LLAMA_3_1_ARCHITECTURE = Architecture(
     family="llama",
     num_layers=32,
@@ -169,6 +175,22 @@ def test_reads_what_the_installed_transformers_writes(
         ("num_key_value_heads", 5),
         ("rope_theta", 0),
         ("tie_word_embeddings", "no"),
+        ("rms_norm_eps", float("nan")),
+        ("initializer_range", float("inf")),
+        ("rope_theta", float("inf")),
+        ("rope_scaling", {"rope_type": "linear", "factor": 0.0}),
+        ("rope_scaling", {"rope_type": "linear", "factor": -2.0}),
+        ("rope_scaling", {"rope_type": "linear", "factor": float("nan")}),
+        ("rope_scaling", LLAMA_3_1["rope_scaling"] | {"high_freq_factor": 1.0}),
+        ("rope_scaling", LLAMA_3_1["rope_scaling"] | {"low_freq_factor": 8.0}),
+        ("rope_scaling", LLAMA_3_1["rope_scaling"] | {"original_max_position_embeddings": 8.5}),
+        ("head_dim", 63),
+        ("layer_types", [["x"]]),
+        ("layer_types", ["chunked_attention"]),
+        ("layer_types", "full_attention"),
+        ("architectures", ["LlamaModel"]),
+        ("architectures", ["MistralForCausalLM"]),
+        ("architectures", []),
     ],
 )
 def test_names_field_and_value_it_cannot_run(tmp_path: Path, field: str, value: object) -> None:
@@ -178,6 +200,22 @@ def test_names_field_and_value_it_cannot_run(tmp_path: Path, field: str, value: 
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["3", None, -1, True])
+def test_names_a_wrong_number_of_layers_with_a_window(tmp_path: Path, value: object) -> None:
+    with pytest.raises(ModelError, match="max_window_layers = .*: expected an integer"):
+        _read(tmp_path, LLAMA_3_1 | FAMILIES["qwen2"] | SLIDING | {"max_window_layers": value})
+
+
+def test_a_number_too_large_for_a_float_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="rope_theta = 1000.*…: expected a positive number"):
+        _read(tmp_path, LLAMA_3_1 | {"rope_theta": 10**400})
+
+
+def test_an_odd_head_is_refused_also_where_it_is_derived(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="head_dim = 127: must be even"):
+        _read(tmp_path, LLAMA_3_1 | {"hidden_size": 32 * 127})
+
+
 def test_reports_all_faults_at_once(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         _read(tmp_path, LLAMA_3_1 | {"hidden_act": "relu", "mlp_bias": True, "logit_scale": 2.0})
@@ -185,50 +223,112 @@ def test_reports_all_faults_at_once(tmp_path: Path) -> None:
         assert text in str(caught.value)
 
 
+WINDOW: dict[str, Any] = {"sliding_window": 4096}
+SLIDING: dict[str, Any] = WINDOW | {"use_sliding_window": True}
+
+
 @pytest.mark.parametrize(
-    ("changes", "accepted"),
+    ("family", "changes", "accepted"),
     [
-        ({"model_type": "mistral", "sliding_window": 4096}, False),
-        ({"model_type": "mistral", "sliding_window": None}, True),
-        ({"model_type": "mistral", "sliding_window": 131072}, True),
-        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, True),
-        (
-            {
-                "model_type": "qwen2",
-                "sliding_window": 4096,
-                "use_sliding_window": True,
-                "max_window_layers": 16,
-            },
-            False,
-        ),
-        (
-            {
-                "model_type": "qwen2",
-                "sliding_window": 4096,
-                "use_sliding_window": True,
-                "max_window_layers": 32,
-            },
-            True,
-        ),
-        (
-            {
-                "model_type": "qwen3",
-                "head_dim": 128,
-                "sliding_window": 4096,
-                "layer_types": ["full_attention", "sliding_attention"] * 16,
-            },
-            False,
-        ),
+        ("llama", SLIDING, True),
+        ("mistral", WINDOW, False),
+        ("mistral", {}, False),
+        ("mistral", {"max_position_embeddings": 4096}, True),
+        ("mistral", WINDOW | {"layer_types": ["full_attention"] * 32}, False),
+        ("mistral", {"sliding_window": None}, True),
+        ("mistral", {"sliding_window": 131072}, True),
+        ("mistral", {"sliding_window": 131071}, False),
+        ("qwen2", WINDOW | {"use_sliding_window": False}, True),
+        ("qwen2", WINDOW, True),
+        ("qwen2", SLIDING | {"max_window_layers": 16}, False),
+        ("qwen2", SLIDING | {"max_window_layers": 0}, False),
+        ("qwen2", SLIDING | {"max_window_layers": 32}, True),
+        ("qwen2", SLIDING, False),
+        ("qwen2", SLIDING | {"num_hidden_layers": 28}, True),
+        ("qwen2", {"use_sliding_window": True}, False),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None}, True),
+        ("qwen3", SLIDING | {"layer_types": ["full_attention", "sliding_attention"] * 16}, False),
+        ("qwen3", SLIDING | {"layer_types": ["full_attention"] * 32}, True),
+        ("qwen3", {"use_sliding_window": True}, False),
     ],
 )
 def test_refuses_a_window_only_where_it_is_in_use(
-    tmp_path: Path, changes: dict[str, Any], accepted: bool
+    tmp_path: Path, family: str, changes: dict[str, Any], accepted: bool
+) -> None:
+    config = LLAMA_3_1 | FAMILIES[family] | changes
+    if accepted:
+        _read(tmp_path, config)
+    else:
+        with pytest.raises(ModelError, match="sliding_window = .*shorter than max_position"):
+            _read(tmp_path, config)
+    # What transformers makes of the same fields, apart from Llama's, which knows no window.
+    if family != "llama":
+        del config["architectures"]
+        theirs = getattr(transformers, f"{family.capitalize()}Config")(**config)
+        layers = getattr(theirs, "layer_types", None)
+        slides = family == "mistral" or "sliding_attention" in layers
+        window = theirs.sliding_window if slides else None
+        assert accepted == (window is None or window >= theirs.max_position_embeddings)
+
+
+ROPE = LLAMA_3_1["rope_scaling"]
+OLD_ROPE = {key: value for key, value in ROPE.items() if key != "rope_type"} | {"type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "top"),
+    [
+        (ROPE, ROPE | {"rope_theta": 500000.0}, 500000.0),
+        (OLD_ROPE, ROPE | {"rope_theta": 500000.0}, None),
+        (OLD_ROPE | {"type": "llama3", "rope_type": "llama3"}, ROPE, 500000.0),
+        (ROPE | {"beta_fast": None}, ROPE, 500000),
+        (None, ROPE, 500000),
+        (ROPE | {"rope_theta": 500000}, {}, None),
+    ],
+)
+def test_both_spellings_of_rope_may_say_the_same(
+    tmp_path: Path, old: Any, new: Any, top: Any
+) -> None:
+    config = LLAMA_3_1 | {"rope_scaling": old, "rope_parameters": new, "rope_theta": top}
+    assert _read(tmp_path, config) == LLAMA_3_1_ARCHITECTURE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": ROPE | {"low_freq_factor": 2.0}},
+        {"rope_parameters": ROPE | {"rope_type": "linear"}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+        {"rope_parameters": ROPE | {"rope_theta": 10000.0}},
+        {"rope_parameters": ROPE, "rope_scaling": ROPE | {"rope_theta": 10000.0}},
+        {"rope_scaling": ROPE | {"type": "linear"}},
+    ],
+)
+def test_spellings_of_rope_that_disagree_are_refused(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(ModelError, match="keep one|implemented rope types"):
+        _read(tmp_path, LLAMA_3_1 | changes)
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "accepted"),
+    [
+        ({"AutoTokenizer": ["tokenization_x.Tokenizer", None]}, True),
+        ({"AutoModelForCausalLM": "modeling_x.Model"}, False),
+        ({"AutoConfig": "configuration_x.Config", "AutoModel": "modeling_x.Model"}, False),
+        ("modeling_x.Model", False),
+    ],
+)
+def test_models_with_their_own_code_are_refused(
+    tmp_path: Path, auto_map: object, accepted: bool
 ) -> None:
     if accepted:
-        _read(tmp_path, LLAMA_3_1 | changes)
+        assert _read(tmp_path, LLAMA_3_1 | {"auto_map": auto_map}) == LLAMA_3_1_ARCHITECTURE
     else:
-        with pytest.raises(ModelError, match="sliding_window = 4096"):
-            _read(tmp_path, LLAMA_3_1 | changes)
+        with pytest.raises(ModelError, match="auto_map = .*code of their own"):
+            _read(tmp_path, LLAMA_3_1 | {"auto_map": auto_map})
 
 
 def test_missing_or_broken_files_are_named(tmp_path: Path) -> None:
