@@ -7,7 +7,6 @@ a whole chunk, which is an unsharded embedding in a checkpoint of one process.
 
 import io
 import math
-import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
@@ -50,10 +50,17 @@ class DistReader:
         self.directory = directory
         try:
             metadata = FileSystemReader(directory).read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        except Exception as error:
+            # Damaged bytes in a pickle raise whatever they spell.
             raise CheckpointError(
-                f"{directory / '.metadata'}: not the metadata of a complete checkpoint: {error}"
+                f"{directory / '.metadata'}: not the metadata of a complete checkpoint: "
+                f"{type(error).__name__}: {error}"
             ) from error
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(
+                f"{directory / '.metadata'}: not the metadata of a complete checkpoint: it holds "
+                f"a {type(metadata).__name__}"
+            )
         self._places = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: value

@@ -159,6 +159,11 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
                 "save the model as safetensors"
             )
         return {path / SINGLE_FILE: None}
+    if (path / SINGLE_FILE).exists():
+        raise ModelError(
+            f"{path}: holds both {SINGLE_FILE} and {INDEX_FILE}, perhaps of two models; remove "
+            "the one that is not meant"
+        )
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = [(str(name), str(file)) for name, file in weight_map.items()]
@@ -183,14 +188,16 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorPlace]]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, _MAX_HEADER_BYTES):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError(f"the header is a {type(header).__name__}")
             header.pop("__metadata__", None)
-    except (OSError, ValueError, struct.error, AttributeError) as error:
+    except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"{path}: not a complete safetensors file: {error}") from error
     for name, entry in header.items():
         try:
             start, stop = (int(value) for value in entry["data_offsets"])
-            kind, shape = entry["dtype"], tuple(int(value) for value in entry["shape"])
+            kind, shape = str(entry["dtype"]), tuple(int(value) for value in entry["shape"])
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: tensor {name!r} is badly described: {error!r}") from error
         if kind not in DTYPES:

@@ -242,8 +242,11 @@ class _StreamingPlanner(SavePlanner):
             self._weights.drop(name, rows)
 
     def _tensor_items(self) -> Iterator[WriteItem]:
+        first_names: dict[str, str] = {}
         for parameter in parameter_table(self._architecture):
-            dtype = self._dtype(parameter)
+            # Layers are stacked, so that a parameter has one type over all of them.
+            first = first_names.setdefault(parameter.key, parameter.hf_names()[0])
+            dtype = self._dtype(parameter, first)
             shape = parameter.local_shape(tp_size=1, padded_vocab_size=self._padded)
             layers = self._architecture.num_layers
             stack = () if parameter.layer is None else (layers,)
@@ -291,16 +294,16 @@ class _StreamingPlanner(SavePlanner):
                 _Block(sources=(), shape=zeros, stacked=False, dtype=dtype),
             )
 
-    def _dtype(self, parameter: Parameter) -> torch.dtype:
-        places = [self._weights.places[name] for name in parameter.hf_names()]
-        for place, name in zip(places, parameter.hf_names(), strict=True):
-            if place.dtype != places[0].dtype:
+    def _dtype(self, parameter: Parameter, first: str) -> torch.dtype:
+        expected = self._weights.places[first].dtype
+        for name in parameter.hf_names():
+            place = self._weights.places[name]
+            if place.dtype != expected:
                 raise ModelError(
                     f"{place.file}: tensor {name!r} is {place.dtype}, but it is stored together "
-                    f"with {parameter.hf_names()[0]!r}, which is {places[0].dtype}; save the "
-                    "model in one type"
+                    f"with {first!r}, which is {expected}; save the model in one type"
                 )
-        return places[0].dtype
+        return expected
 
     # The rest of the planner's interface: one process plans everything at once.
 

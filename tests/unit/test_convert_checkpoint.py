@@ -1,6 +1,7 @@
 """The streaming conversion, both ways, and what it does when something is wrong."""
 
 import json
+import pickle
 import resource
 import runpy
 import shutil
@@ -12,10 +13,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from hf_samples import assert_same_bytes, read_tensors, write_sample
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf import to_hf, to_megatron
+from megatron_cgn.hf.dist_reader import DistReader
 from megatron_cgn.hf.to_hf import convert_to_hf
 from megatron_cgn.hf.to_megatron import convert_to_megatron
 
@@ -100,14 +103,37 @@ def test_casts_when_asked(tmp_path: Path) -> None:
 
 
 def test_a_mixed_model_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     values = write_sample(tmp_path / "hf")
     name = "model.layers.1.self_attn.k_proj.weight"
     save_file(values | {name: values[name].float()}, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(ModelError, match=r"'model.layers.1.self_attn.k_proj.weight' is torch.fl"):
         convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_types_that_vary_over_layers_are_refused(tmp_path: Path) -> None:
+    values = write_sample(tmp_path / "hf")
+    second = {n: v.float() for n, v in values.items() if n.startswith("model.layers.1.")}
+    save_file(values | second, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"'model.layers.1..*' is torch.fl.*'model.layers.0..*'"):
+        convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    # Norms of a type of their own, the same in every layer, are fine.
+    norms = {n: v.float() for n, v in values.items() if "norm" in n}
+    save_file(values | norms, tmp_path / "hf" / "model.safetensors")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+    assert_same_bytes(read_tensors(tmp_path / "back"), values | norms)
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage", b"", b"cno_such_module\nThing\n.", pickle.dumps({"a": 1})]
+)
+def test_damaged_metadata_is_named(tmp_path: Path, content: bytes) -> None:
+    write_sample(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "dist" / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata: not the metadata"):
+        DistReader(tmp_path / "ckpt" / "dist")
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Faulty weights are refused, naming file and tensor; written files are real safetensors."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,30 @@ def test_names_missing_files(tmp_path: Path) -> None:
         _open(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors.index.json").unlink()
     with pytest.raises(ModelError, match="holds neither"):
+        _open(tmp_path / "m")
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    values = write_sample(tmp_path / "m", files=2)
+    save_file(values, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors and model\.safetensors\.index\.json"):
+        _open(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ([], "the header is a list"),
+        ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, r"type \['F32'\]"),
+        ({"a": [1]}, "'a' is badly described"),
+    ],
+)
+def test_a_damaged_header_is_named(tmp_path: Path, header: object, message: str) -> None:
+    write_sample(tmp_path / "m")
+    text = json.dumps(header).encode()
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(ModelError, match=rf"model\.safetensors: .*{message}"):
         _open(tmp_path / "m")
 
 
