@@ -27,8 +27,10 @@ _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 class Tokenizer:
     """A tokenizer that turns documents into ids.
 
-    Text that spells a special token, such as ``<|im_end|>``, is encoded as ordinary text: a
-    document cannot smuggle control tokens into the training data.
+    Text that spells an added token marked ``"special": true`` is encoded as ordinary text, so a
+    document cannot smuggle such a token into the training data. Text that spells an added token
+    without that mark becomes that token; in some families those include control-like ones, such
+    as Qwen's ``<think>`` and ``<tool_call>``.
 
     Attributes:
         name: The directory's name, for messages and sidecar files.
@@ -70,6 +72,16 @@ class Tokenizer:
             DataError: If the directory or its files are missing or damaged.
         """
         path = Path(directory)
+        try:
+            return cls._open(path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror or error}). Check the path and its "
+                "permissions."
+            ) from error
+
+    @classmethod
+    def _open(cls, path: Path) -> Self:
         if not path.is_dir():
             raise DataError(
                 f"{path}: there is no such directory. Give the Hugging Face directory that holds "
@@ -78,7 +90,7 @@ class Tokenizer:
         config = _read_json(path / "tokenizer_config.json")
         if (path / "tokenizer.json").is_file():
             backend = _read_backend(path / "tokenizer.json")
-            if not _lacks_tokens(backend, config):
+            if not _lacks_tokens(backend, config, path / "tokenizer_config.json"):
                 return cls(backend, name=path.resolve().name, eos_token=_eos_token(config))
         elif not any((path / name).is_file() for name in _SLOW_FILES):
             raise DataError(
@@ -200,9 +212,20 @@ def _convert(path: Path) -> Backend:
     return backend
 
 
-def _lacks_tokens(backend: Backend, config: dict[str, Any]) -> bool:
+def _lacks_tokens(backend: Backend, config: dict[str, Any], path: Path) -> bool:
     """Whether ``tokenizer_config.json`` adds tokens that ``tokenizer.json`` does not know."""
     added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise DataError(
+            f"{path}: added_tokens_decoder is a {type(added).__name__}, not an object with ids as "
+            "names. Restore the file."
+        )
+    for token_id in added:
+        if not (token_id.isascii() and token_id.isdigit() and len(token_id) < 10):
+            raise DataError(
+                f"{path}: added_tokens_decoder names {token_id!r}, which is no id. Restore the "
+                "file."
+            )
     return any(backend.id_to_token(int(token_id)) is None for token_id in added)
 
 

@@ -70,6 +70,8 @@ def test_a_document_cannot_contain_a_special_token(byte_level: Tokenizer) -> Non
     ids = byte_level.encode("before<|endoftext|>after")
     assert byte_level.eod_id not in ids
     assert byte_level.decode(ids) == "before<|endoftext|>after"
+    (tool,) = byte_level.encode("<tool>")  # added too, but not marked special
+    assert tool in byte_level.encode("before<tool>after")
 
 
 def test_ids_equal_transformers(tmp_path: Path) -> None:
@@ -169,3 +171,13 @@ def test_faults_name_the_path_and_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(DataError, match=r"tokenizer_config.json: expected a JSON object"):
         Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
+        Tokenizer.from_pretrained(tmp_path / ("t" * 300))
+
+
+@pytest.mark.parametrize("added", [{"abc": {}}, {"9" * 5000: {}}, {"9" * 30: {}}, [1], "x"])
+def test_added_tokens_without_ids_are_a_fault(tmp_path: Path, added: object) -> None:
+    directory = byte_level_tokenizer(tmp_path)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: added_tokens_decoder"):
+        Tokenizer.from_pretrained(directory)
