@@ -79,9 +79,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
     return value
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_cgn.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+_ONE_A_LINE = "Give JSON Lines, one object a line: not one array, nor objects over several lines."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,13 @@ class Block:
     """Whole lines of JSON, or the values of the field, one per row."""
     progress_bytes: int
     """Bytes of the input used up by this block, as they lie on the disk."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the lines or characters of the rows: what it takes to hold the block."""
+        if isinstance(self.content, bytes):
+            return len(self.content)
+        return sum(len(value) for value in self.content if isinstance(value, str))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +91,11 @@ def _parse_lines(block: Block, content: bytes, field: str) -> Iterator[str]:
         try:
             row = json.loads(line.decode())
         except ValueError as error:  # both broken JSON and broken UTF-8
+            remedy = "Mend or remove the line."
+            if line.strip()[:1] == b"[" or line.strip() == b"{":
+                remedy = _ONE_A_LINE
             raise DataError(
-                f"{block.path}, line {number}: not valid JSON ({error}). Mend or remove the line."
+                f"{block.path}, line {number}: not valid JSON ({error}). {remedy}"
             ) from error
         except RecursionError as error:
             raise DataError(
@@ -97,7 +108,7 @@ def _text_of(row: Any, place: str, field: str) -> str:
     if not isinstance(row, dict):
         raise DataError(
             f"{place}: expected a JSON object with the field {field!r}, found a "
-            f"{type(row).__name__}."
+            f"{type(row).__name__}. {_ONE_A_LINE}"
         )
     if field not in row:
         raise DataError(

@@ -29,7 +29,9 @@ from megatron_cgn.data.readers import check_inputs, read_blocks
 from megatron_cgn.errors import DataError
 from tokenizer.wrapper import Tokenizer
 
-_BLOCKS_AHEAD = 3  # blocks in flight per worker: enough to keep it busy, few enough to hold
+# Blocks in flight per worker, enough to keep it busy; and fewer where they are large, to hold them.
+_BLOCKS_AHEAD = 3
+_BYTES_AHEAD = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,17 +203,24 @@ def _encode_elsewhere(
     """Encode in other processes, in order, with a bounded number of blocks under way."""
     # Spawned, not forked: a fork would inherit the locks of this process's tokenizer threads.
     context = multiprocessing.get_context("spawn")
-    pending: deque[Future[Encoded]] = deque()
+    pending: deque[tuple[int, Future[Encoded]]] = deque()
+    under_way = 0
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=settings
     )
     try:
         for block in blocks:
-            pending.append(pool.submit(_encode_here, block))
-            if len(pending) >= workers * _BLOCKS_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            while pending and (
+                len(pending) >= workers * _BLOCKS_AHEAD
+                or under_way + block.size > workers * _BYTES_AHEAD
+            ):
+                size, done = pending.popleft()
+                yield done.result()
+                under_way -= size
+            pending.append((block.size, pool.submit(_encode_here, block)))
+            under_way += block.size
+        for _, done in pending:
+            yield done.result()
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process was killed, probably for want of memory. Run with fewer --workers."

@@ -1,32 +1,36 @@
 """Reads JSONL (plain, gzip, zstd), Parquet and saved `datasets` directories, a block at a time.
 
 Blocks come in order, hold every line or row exactly once, and are not parsed here: see
-``documents.py``. No more than a block is in memory.
+``documents.py``; nor are tables taken apart: see ``tables.py``. Blocks, and what is decompressed at
+a time, are of bounded size: only a single line or row larger than that is held whole.
 """
 
+import errno
 import gzip
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_cgn.data import tables
 from megatron_cgn.data.documents import Block
 from megatron_cgn.errors import DataError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 BLOCK_BYTES = 1 << 20
-"""Raw bytes of a block of lines, about."""
+"""Raw bytes of a block, about."""
 BLOCK_ROWS = 512
-"""Rows of a block of a table."""
+"""Most rows of a block of a table."""
+# zstd makes at most 128 KiB out of the 4 bytes of its smallest block: 32 MiB out of this.
+_ZSTD_BYTES = 1 << 10
+_ZSTD_WINDOW = 1 << 31  # the largest that `zstd --long` writes
 
 _JSONL = (".jsonl", ".ndjson", ".json")
 _KINDS = "*.jsonl, *.jsonl.gz, *.jsonl.zst, *.parquet or a saved Hugging Face datasets directory"
 
 
 def check_inputs(paths: Sequence[str | Path]) -> int:
-    """Check that every input exists and is of a known kind.
+    """Check that every input exists, is of a known kind and is given once.
 
     Args:
         paths: Files and directories.
@@ -35,16 +39,32 @@ def check_inputs(paths: Sequence[str | Path]) -> int:
         Bytes of all inputs on the disk.
 
     Raises:
-        DataError: If one is missing or of an unknown kind.
+        DataError: If one is missing, of an unknown kind or given twice.
     """
+    total, seen = 0, set()
     for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"{path}: there is no such input. Check the path.")
-        if path.is_dir():
-            _check_datasets_directory(path)
-        elif path.suffix != ".parquet" and _inner_suffix(path) not in _JSONL:
-            raise DataError(f"{path}: unknown kind of input. Give {_KINDS}.")
-    return sum(_disk_bytes(Path(path)) for path in paths)
+        try:
+            _check_input(path)
+            total += _disk_bytes(path)
+        except OSError as error:
+            raise _read_error(path, error) from error
+        real = os.path.realpath(path)
+        if real in seen:
+            raise DataError(
+                f"{path}: is given twice (as {real}). Its documents would count twice: name it "
+                "once, and raise a source's weight to train on it more."
+            )
+        seen.add(real)
+    return total
+
+
+def _check_input(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path}: there is no such input. Check the path.")
+    if path.is_dir():
+        _check_datasets_directory(path)
+    elif path.suffix != ".parquet" and _inner_suffix(path) not in _JSONL:
+        raise DataError(f"{path}: unknown kind of input. Give {_KINDS}.")
 
 
 def read_blocks(paths: Sequence[str | Path], *, field: str) -> Iterator[Block]:
@@ -62,17 +82,24 @@ def read_blocks(paths: Sequence[str | Path], *, field: str) -> Iterator[Block]:
     """
     for source, path in enumerate(map(Path, paths)):
         try:
-            if path.is_dir():
-                yield from _read_directory(source, path, field)
-            elif path.suffix == ".parquet":
-                yield from _read_parquet(source, path, field)
+            if path.is_dir() or path.suffix == ".parquet":
+                yield from _read_table(source, path, field)
             else:
                 yield from _read_lines(source, path)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(
-                f"{path}: cannot be read to its end ({error}). The file is damaged or incomplete: "
-                "copy it again."
-            ) from error
+            raise _read_error(path, error) from error
+
+
+def _read_error(path: Path, error: Exception) -> DataError:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EACCES, errno.EPERM):
+        return DataError(f"{path}: may not be read ({error}). Ask its owner for permission to.")
+    if number is not None and number != errno.EIO:  # nothing that another copy would mend
+        return DataError(f"{path}: cannot be read ({os.strerror(number)}). Check the path.")
+    return DataError(
+        f"{path}: cannot be read to its end ({error}). The file is damaged or incomplete: "
+        "copy it again."
+    )
 
 
 def split_lines(pieces: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
@@ -118,7 +145,7 @@ def _read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
     # Unbuffered: a buffered read of a pipe goes on in C until it is filled, deaf to signals.
     with path.open("rb", buffering=0) as raw:
         if path.suffix == ".zst":
-            yield from _read_zstd(path, raw)
+            yield from _regroup(_read_zstd(raw))
             return
         stream = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
         reached = 0
@@ -127,80 +154,57 @@ def _read_bytes(path: Path) -> Iterator[tuple[bytes, int]]:
             yield piece, reached
 
 
-def _read_zstd(path: Path, raw: Any) -> Iterator[tuple[bytes, int]]:
+def _read_zstd(raw: Any) -> Iterator[tuple[bytes, int]]:
     """Frames one after another. The library's own stream takes a cut-off file for a whole one."""
     import zstandard
 
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    started = False
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    frame, started, reached = decompressor.decompressobj(), False, 0
     try:
-        while piece := raw.read(BLOCK_BYTES // 4):
+        for piece in _pieces(raw):
+            reached += len(piece)
             while piece:
                 started = True
                 if text := frame.decompress(piece):
-                    yield text, raw.tell()
+                    yield text, reached
                 piece = frame.unused_data if frame.eof else b""
                 if frame.eof:
-                    frame, started = zstandard.ZstdDecompressor().decompressobj(), False
+                    frame, started = decompressor.decompressobj(), False
     except zstandard.ZstdError as error:
         raise OSError(str(error)) from error
     if started:
         raise EOFError("it ends within a compressed frame")
 
 
-def _read_parquet(source: int, path: Path, field: str) -> Iterator[Block]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_column(file.schema_arrow, path, field)
-            batches = file.iter_batches(batch_size=BLOCK_ROWS, columns=[field])
-            rows = file.metadata.num_rows
-            yield from _table_blocks(batches, source, path, field=field, rows=rows)
-    except pa.ArrowException as error:
-        raise OSError(str(error)) from error
+def _pieces(raw: Any) -> Iterator[bytes]:
+    """So little at a time that what comes out is bounded: the library's output has no limit."""
+    while content := raw.read(BLOCK_BYTES // 4):
+        for start in range(0, len(content), _ZSTD_BYTES):
+            yield content[start : start + _ZSTD_BYTES]
 
 
-def _read_directory(source: int, path: Path, field: str) -> Iterator[Block]:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(str(error)) from error
-    _check_column(dataset.features.arrow_schema, path, field)
-    table = dataset.select_columns([field]).with_format("arrow")
-    batches = table.iter(batch_size=BLOCK_ROWS)
-    yield from _table_blocks(batches, source, path, field=field, rows=len(dataset))
-
-
-def _check_column(schema: "pa.Schema", path: Path, field: str) -> None:
-    import pyarrow as pa
-
-    if field not in schema.names:
-        raise DataError(
-            f"{path}: no field {field!r}; the fields are {', '.join(map(repr, schema.names))}. "
-            "Name the text's field with --field."
-        )
-    kind = schema.field(field).type
-    if not any(
-        test(kind)
-        for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    ):
-        raise DataError(
-            f"{path}: the field {field!r} holds {kind}, not texts. Name the text's field with "
-            "--field."
-        )
+def _regroup(pieces: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """Pieces of BLOCK_BYTES, and a rest, out of pieces of any size."""
+    waiting: list[bytes] = []
+    size = reached = 0
+    for piece, reached in pieces:
+        for start in range(0, len(piece), BLOCK_BYTES):
+            part = piece[start : start + BLOCK_BYTES]
+            if size + len(part) > BLOCK_BYTES:
+                yield b"".join(waiting), reached
+                waiting, size = [], 0
+            waiting.append(part)
+            size += len(part)
+    if waiting:
+        yield b"".join(waiting), reached
 
 
-def _table_blocks(
-    batches: Iterable[Any], source: int, path: Path, *, field: str, rows: int
-) -> Iterator[Block]:
-    """Blocks of a table's batches; each counts for its share of the bytes on the disk."""
+def _read_table(source: int, path: Path, field: str) -> Iterator[Block]:
+    """Blocks of a table; each counts for its share of the bytes on the disk."""
+    read = tables.read_directory if path.is_dir() else tables.read_parquet
     size, row = _disk_bytes(path), 0
-    for batch in batches:
-        values = batch.column(field).to_pylist()
+    parts = read(path, field=field, block_bytes=BLOCK_BYTES, block_rows=BLOCK_ROWS)
+    for values, rows in parts:
         done = size * (row + len(values)) // rows - size * row // rows
         yield Block(
             source=source, path=str(path), first=row + 1, content=values, progress_bytes=done

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ BAD_LINES = {
     b'["x"]': r"line 121: expected a JSON object with the field 'text', found a list",
     b'{"text": null}': r"line 121: the field 'text' is null",
     b'{"text": 5}': r"line 121: the field 'text' is a int, not a text",
+    b"[": r"line 121: not valid JSON .*\. Give JSON Lines, one object a line",
+    b"{": r"line 121: not valid JSON .*\. Give JSON Lines, one object a line",
     b"[" * 200_000: r"line 121: JSON nested too deeply",
 }
 
@@ -203,3 +206,114 @@ def test_unknown_inputs_are_faults(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds several splits \(test, train\)"):
         check_inputs([tmp_path / "both"])
     assert read(tmp_path / "both" / "train") == TEXTS
+
+
+def test_an_input_counts_once(tmp_path: Path) -> None:
+    path = write_plain(tmp_path)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    for twice in ([path, path], [path, link], [path, tmp_path / "." / ".." / tmp_path.name / path]):
+        with pytest.raises(DataError, match=r"\.jsonl: is given twice"):
+            check_inputs(twice)
+
+
+def test_blocks_of_tables_are_bounded(tmp_path: Path) -> None:
+    sizes = [10] * 5 + [900] * 6 + [5000] + [300] * 9 + [None] + [1000, 1, 1000]
+    texts = [None if size is None else "核" * (size // 3) + "x" * (size % 3) for size in sizes]
+    plain = pa.array(texts)
+    kinds = {
+        "string": plain,
+        "large": plain.cast(pa.large_string()),
+        "dictionary": plain.dictionary_encode(),
+    }
+    for kind, column in kinds.items():
+        path = tmp_path / f"{kind}.parquet"
+        pq.write_table(pa.table({"text": column}), path)
+        contents = [block.content for block in read_blocks([path], field="text")]
+        assert [text for content in contents for text in content] == texts
+        for content in contents:
+            size = sum(len(text.encode()) for text in content if text is not None)
+            assert size <= 1000 or len(content) == 1, kind
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(saved)
+    blocks = list(read_blocks([saved], field="text"))
+    assert [text for block in blocks for text in block.content] == texts
+    assert all(block.size <= 1000 or len(block.content) == 1 for block in blocks)
+
+
+def test_dictionary_columns_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    texts = pa.array(["a", "b", "a", "核电"]).dictionary_encode()
+    pq.write_table(pa.table({"text": texts, "id": pa.array([1] * 4).dictionary_encode()}), path)
+    assert read(path) == ["a", "b", "a", "核电"]
+    with pytest.raises(DataError, match=r"the field 'id' holds .*, not texts"):
+        read(path, field="id")
+
+
+def test_broken_texts_of_a_table_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    broken = pa.array([b"fine"] * 20 + [b"\xff\xfe", b"fine"])
+    column = pa.StringArray.from_buffers(len(broken), *broken.buffers()[1:])
+    pq.write_table(pa.table({"text": column}), path)
+    with pytest.raises(DataError, match=r"c\.parquet, row 21: not valid UTF-8"):
+        read(path)
+
+
+def test_columns_of_one_name_are_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"c\.parquet: 2 columns are called 'text'"):
+        read(path)
+
+
+def test_zstd_is_decompressed_in_bounded_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # blocks of the usual size
+    line = json.dumps({"text": "x" * 1000}).encode() + b"\n"
+    content = line * 64_000
+    path = tmp_path / "c.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor().compress(content))
+    tracemalloc.start()
+    try:
+        held = tracemalloc.get_traced_memory()[0]
+        size = 0
+        for block in read_blocks([path], field="text"):
+            assert block.size < readers.BLOCK_BYTES + len(line)
+            size += block.size
+        peak = tracemalloc.get_traced_memory()[1] - held
+    finally:
+        tracemalloc.stop()
+    assert size == len(content)
+    assert peak < len(content) / 2
+
+
+def test_zstd_with_the_longest_window_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.zst"
+    content = jsonl(ROWS)
+    # Magic, no options, a window of 2**(10 + 21) bytes, and one raw block that is the last.
+    header = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3])
+    path.write_bytes(header + (len(content) << 3 | 1).to_bytes(3, "little") + content)
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << 31
+    assert read(path) == TEXTS
+
+
+def test_paths_that_cannot_be_read_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long\)"):
+        check_inputs([tmp_path / ("c" * 300 + ".jsonl")])
+    path = write_plain(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(readers, "_read_bytes", refuse)  # to root everything is permitted
+    with pytest.raises(DataError, match=r"c\.jsonl: may not be read .*Permission denied"):
+        read(path)
+
+
+def test_an_array_over_lines_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(ROWS[:3], indent=indent))
+        with pytest.raises(DataError, match=r"c\.json, line 1: .*Give JSON Lines, one object a li"):
+            read(path)

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_cgn.data import preprocess as module
+from megatron_cgn.data.documents import Block
 from megatron_cgn.data.indexed import check_index, map_tokens
 from megatron_cgn.data.preprocess import preprocess
 from megatron_cgn.errors import DataError
@@ -48,7 +51,9 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
 def test_three_workers_write_what_one_writes(
     tmp_path: Path, tokenizer_dir: Path, corpus: Path
 ) -> None:
-    common = ("--input", corpus, corpus, "--tokenizer", tokenizer_dir, "--field", "body")
+    again = tmp_path / "again.jsonl"
+    again.write_bytes(corpus.read_bytes())
+    common = ("--input", corpus, again, "--tokenizer", tokenizer_dir, "--field", "body")
     alone = run(*common, "--output-prefix", tmp_path / "a")
     shared = run(*common, "--output-prefix", tmp_path / "b", "--workers", 3)
     assert (alone.returncode, shared.returncode) == (0, 0), alone.stderr + shared.stderr
@@ -64,11 +69,14 @@ def test_three_workers_write_what_one_writes(
     assert info.lengths.tolist() == [len(document) for document in ids]
     assert np.array_equal(map_tokens(info), np.concatenate(ids))
     assert info.sidecar.text_bytes == 2 * sum(len(text.encode()) for text in texts)
-    assert [(s.name, s.documents) for s in info.sidecar.sources] == [("corpus.jsonl", 2970)] * 2
+    assert [(s.name, s.documents) for s in info.sidecar.sources] == [
+        ("corpus.jsonl", 2970),
+        ("again.jsonl", 2970),
+    ]
     assert "documents                  5,940" in alone.stdout
     assert "empty, skipped                60" in alone.stdout
     assert alone.stderr == shared.stderr == ""  # no bar off a terminal, no warnings
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_without_end_of_document(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -188,3 +196,51 @@ def test_an_input_is_never_written_over(
         )
     assert source.read_bytes() == before
     assert not (tmp_path / "domain.idx").exists()
+
+
+def test_workers_that_are_no_number_are_explained(tmp_path: Path) -> None:
+    arguments = ("--input", "c.jsonl", "--tokenizer", "t", "--output-prefix", "p")
+    for value in ("x", "0", "1.5"):
+        result = run(*arguments, "--workers", value)
+        assert result.returncode == 2
+        assert f"{value}: must be a whole number of at least 1" in result.stderr
+
+
+def test_few_large_blocks_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submitting stops at a number of bytes, not at a number of blocks alone."""
+    waiting = most = 0
+
+    class Pool:
+        def __init__(self, *arguments: object, **options: object) -> None:
+            pass
+
+        def submit(self, function: object, block: Block) -> "Future[int]":
+            nonlocal waiting, most
+            waiting += 1
+            most = max(most, waiting)
+            future: Future[int] = Future()
+            future.set_result(block.first)
+            return future
+
+        def shutdown(self, **options: object) -> None:
+            pass
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+
+    def drain(size: int) -> int:
+        nonlocal waiting, most
+        waiting = most = 0
+        blocks = (
+            Block(source=0, path="p", first=i, content=b"x" * size, progress_bytes=0)
+            for i in range(40)
+        )
+        found = []
+        for first in module._encode_elsewhere(blocks, 4, ("t", "text", True)):
+            waiting -= 1
+            found.append(first)
+        assert found == list(range(40))
+        return most
+
+    assert drain(1 << 20) == 12  # three for each of four workers
+    assert drain(8 << 20) == 2  # 16 MiB
+    assert drain(64 << 20) == 1
