@@ -5,6 +5,7 @@ standard error stays as it is, and other warnings of the same modules still show
 """
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -54,8 +55,25 @@ def quiet_dependencies() -> None:
         warnings.filterwarnings("ignore", message=message, module=r"megatron\.core\.")
     for name, message in _LOG_MESSAGES.items():
         logging.getLogger(name).addFilter(_without(message))
+    threading.excepthook = _without_writer_threads(threading.excepthook)
 
 
 def _without(text: str) -> Callable[[logging.LogRecord], bool]:
     """Return a logging filter that drops records containing `text`."""
     return lambda record: text not in record.getMessage()
+
+
+def _without_writer_threads(
+    show: Callable[[threading.ExceptHookArgs], object],
+) -> Callable[[threading.ExceptHookArgs], None]:
+    """Return a hook that leaves out disk faults of TensorBoard's thread.
+
+    The thread hands them to whoever writes next, who tells them in one line.
+    """
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        writer = type(args.thread).__name__ == "_AsyncWriterThread"
+        if not (writer and issubclass(args.exc_type, OSError)):
+            show(args)
+
+    return hook

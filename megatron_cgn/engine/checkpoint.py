@@ -20,16 +20,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from pydantic import TypeAdapter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cgn.engine.dist_writer import InProcessSaveStrategy
 from megatron_cgn.errors import CheckpointError, UserError
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{7,})")
-_SMALL_BYTES = 64 * 2**20
+_TENSORS = ".distcp"
 _REMEDY = "Remove the directory to resume from the checkpoint before it."
 
 
@@ -60,7 +62,7 @@ class CheckpointInfo:
         padded_vocab_size: Rows of the stored embedding.
         dtype: Type of the stored weights.
         files: Size in bytes of every file, by relative path.
-        digests: Hash of every small file. The large ones hold tensors, each with a checksum.
+        digests: Hash of every file, by relative path.
         format: Version of this layout.
     """
 
@@ -146,12 +148,38 @@ def read_info(directory: Path) -> CheckpointInfo:
             raise CheckpointError(
                 f"{directory}: damaged: {name} {state}, {size} bytes were written. {_REMEDY}"
             )
-    for name, digest in info.digests.items():
-        if _digest(directory / name) != digest:
+    _check_digests(directory, info, [n for n in info.digests if not n.endswith(_TENSORS)])
+    return info
+
+
+def check_tensors(directory: Path, info: CheckpointInfo) -> None:
+    """Hold the files that `read_info` leaves out against their hashes. Collective over all ranks.
+
+    They are large, so every rank reads its share of them. PyTorch's reader checks no checksum.
+
+    Args:
+        directory: A checkpoint directory.
+        info: From `read_info`.
+
+    Raises:
+        CheckpointError: On every rank, if a file is damaged.
+    """
+    names = sorted(n for n in info.digests if n.endswith(_TENSORS))
+    problem: str | None = None
+    try:
+        _check_digests(directory, info, names[dist.get_rank() :: dist.get_world_size()])
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    if first := first_problem(problem):
+        raise CheckpointError(first)
+
+
+def _check_digests(directory: Path, info: CheckpointInfo, names: Sequence[str]) -> None:
+    for name in names:
+        if _digest(directory / name) != info.digests[name]:
             raise CheckpointError(
                 f"{directory}: damaged: {name} is not as it was written. {_REMEDY}"
             )
-    return info
 
 
 def check_fit(info: CheckpointInfo, fit: Mapping[str, Any], directory: Path) -> None:
@@ -214,20 +242,23 @@ def save_checkpoint(
     def publish() -> None:
         files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
         sizes = {name: file.stat().st_size for name, file in files.items()}
-        small = (name for name, size in sizes.items() if size <= _SMALL_BYTES)
-        digests = {name: _digest(files[name]) for name in small if not name.endswith(".distcp")}
+        small = {name: _digest(files[name]) for name in files if not name.endswith(_TENSORS)}
+        digests = {name: digest for part in (small, *written) for name, digest in part.items()}
         content = {**_as_dict(info), "files": sizes, "digests": digests}
         _write_json(partial / "checkpoint.json", content)
         partial.rename(final)
         _sync_directory(root)
         _point_latest(root, final.name)
-        if keep_last is not None:
-            for old in _by_step(root)[:-keep_last]:
-                _remove(old)
 
+    own: dict[str, str] = {}
+    written: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     _together(prepare, "prepare", partial, only_rank_0=True)
     _together(lambda: _write_dist(sharded_state, partial / "dist"), "write", partial)
+    _together(lambda: own.update(_own_digests(partial)), "check", partial)
+    dist.all_gather_object(written, own)
     _together(publish, "publish", partial, only_rank_0=True)
+    if keep_last is not None and dist.get_rank() == 0:
+        _keep_newest(root, keep_last)
     return final
 
 
@@ -253,14 +284,25 @@ def load_checkpoint(directory: Path, sharded_state: ShardedStateDict) -> dict[st
             validate_access_integrity=False,
             strict=StrictHandling.ASSUME_OK_UNEXPECTED,
         )
-    except Exception as error:
-        # Damaged bytes in a pickle raise whatever they spell, and Megatron's and torch's
-        # checkpoint errors share no base below Exception.
+    except (torch.OutOfMemoryError, MemoryError, dist.DistError, AssertionError):
+        raise  # no fault of the checkpoint's
+    except (Exception, CheckpointException) as error:
+        # Damaged bytes in a pickle raise whatever they spell; PyTorch's own error is not even an
+        # `Exception`.
         logger.debug("could not load %s", directory, exc_info=True)
         problem = _one_line(error)
     if first := first_problem(problem):
         raise CheckpointError(f"{directory}: cannot be read ({first}). {_REMEDY}")
     return loaded
+
+
+def _keep_newest(root: Path, number: int) -> None:
+    """Delete older checkpoints; one that cannot be deleted is no reason to end a run."""
+    for old in _by_step(root)[:-number]:
+        try:
+            _remove(old)
+        except OSError as error:
+            logger.warning("%s: an old checkpoint cannot be deleted (%s)", old, error)
 
 
 def _remove(directory: Path) -> None:
@@ -299,6 +341,12 @@ def _write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
 
 
+def _own_digests(directory: Path) -> dict[str, str]:
+    """Hashes of the files that this rank wrote, still in the page cache."""
+    files = (directory / "dist").glob(f"__{dist.get_rank()}_*{_TENSORS}")
+    return {str(file.relative_to(directory)): _digest(file) for file in files}
+
+
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -328,9 +376,9 @@ def _together(
             action()
         except UserError as error:
             problem = str(error)
-        except Exception as error:
-            # Any writer thread's or process's error, of whatever type, must reach all ranks:
-            # those that wrote well would otherwise wait for ever.
+        except (Exception, CheckpointException) as error:
+            # Any writer's error, of whatever type, must reach all ranks: those that wrote well
+            # would otherwise wait for ever.
             logger.debug("could not %s a checkpoint", verb, exc_info=True)
             problem = _one_line(error)
     if first := first_problem(problem):
@@ -342,7 +390,7 @@ def _together(
         )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """What went wrong, without the traceback that PyTorch puts into some messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500]
