@@ -4,23 +4,30 @@ One start of two processes and one of four run all layouts in turn. Every batch 
 loss masks, so a mean of means anywhere would show.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_runs import (
+    GLOBAL_BATCH,
+    LENGTH,
     MODELS,
     Case,
     Outcome,
+    build_engine,
     differences,
+    global_batch,
     plain_loop,
     read_outcome,
     run_engine,
+    train,
     write_models,
 )
 
 from megatron_cgn.config.schema import ParallelConfig
+from megatron_cgn.objectives.next_token import NextToken
 from megatron_cgn.parallel.state import shutdown_parallel
 from megatron_cgn.testing import FP32_PARALLEL_RTOL, run_distributed
 
@@ -188,6 +195,16 @@ def test_one_process_is_the_plain_loop(
     one: dict[str, Outcome], plain: dict[str, Outcome], case: str
 ) -> None:
     _hold(one[case], plain[ONE[case].model])
+
+
+def test_a_batch_that_counts_nothing_has_no_loss_and_no_gradient(models: dict[str, Path]) -> None:
+    engine = build_engine(Case(), models["llama"])
+    empty = [dataclasses.replace(global_batch(0), loss_mask=torch.zeros(GLOBAL_BATCH, LENGTH))]
+    report = engine.train_step(empty, NextToken())
+    assert (report.metrics["loss"], report.count, report.grad_norm) == (0.0, 0, 0.0)
+    (after,) = train(engine, steps=[0])
+    assert after.metrics["loss"] == pytest.approx(7.08, abs=0.01)
+    shutdown_parallel()
 
 
 @pytest.mark.parametrize("case", TWO)
