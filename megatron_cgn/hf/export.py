@@ -23,6 +23,7 @@ from megatron_cgn.hf.config import read_config_json
 from megatron_cgn.hf.families import Parameter
 from megatron_cgn.hf.files import (
     check_free_space,
+    directory_to_write,
     disk_fault,
     replace_directory,
     work_directory,
@@ -86,8 +87,12 @@ def export_weights(
     """
     if groups.dp_cp.rank() != 0:
         return
-    config = read_config_json(source_dir)
     target, source, first = Path(out_dir), Path(source_dir), groups.mp.rank() == 0
+    config: dict[str, Any] = {}
+    with _collected_faults(target) as faults:
+        target = directory_to_write(target, error=ModelError)
+        config = read_config_json(source)
+    _agree(groups, faults)
     parameters = list(_exported(model_chunks, architecture))
     stages = _stage_tensors(parameters, groups, resolve_dtype(dtype, config))
     plans = plan_shards(stages, max_shard_bytes=max_shard_bytes)

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -13,6 +14,8 @@ from typing import Any
 from megatron_cgn.errors import UserError
 from megatron_cgn.hf.safetensors_io import INDEX_FILE, ShardPlan, TensorTypes, index_json
 from megatron_cgn.model.architecture import Architecture
+
+logger = logging.getLogger(__name__)
 
 _SIDE_FILES = (
     "tokenizer*",
@@ -26,10 +29,15 @@ _SIDE_FILES = (
     "spiece.model",
     "chat_template*",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
+    "license*",
+    "licence*",
+    "notice*",
+    "use_policy*",
 )
-"""What makes a Hugging Face directory usable besides ``config.json`` and the weights."""
+"""What makes a Hugging Face directory usable besides ``config.json`` and the weights.
+
+In lower case; names match in any.
+"""
 
 
 @contextlib.contextmanager
@@ -49,30 +57,51 @@ def new_directory(target: Path, *, error: type[UserError]) -> Iterator[Path]:
     Raises:
         UserError: As `error`, if the disk refuses.
     """
-    with explain_disk_faults(target, error=error):
-        work = work_directory(target)
-        try:
-            yield work
-            replace_directory(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def explain_disk_faults(target: Path, *, error: type[UserError]) -> Iterator[None]:
-    """Turn an `OSError` into one message that names the target and the remedy."""
+    target = directory_to_write(target, error=error)
     try:
-        yield
+        work = work_directory(target)
     except OSError as fault:
         raise error(disk_fault(target, fault)) from fault
+    try:
+        yield work
+        replace_directory(work, target)
+    except OSError as fault:
+        raise error(disk_fault(target, fault)) from fault
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def directory_to_write(target: Path, *, error: type[UserError]) -> Path:
+    """Where a target shall be: behind it, if it is a link.
+
+    Args:
+        target: Directory to be written, which need not exist.
+        error: Raised if it exists and is not a directory.
+
+    Returns:
+        The target without links, so that a rename replaces what they point to.
+    """
+    try:
+        resolved = target.resolve()
+        is_other = resolved.exists() and not resolved.is_dir()
+    except (OSError, RuntimeError) as fault:
+        raise error(f"{target}: cannot be a directory: {fault}; give another") from fault
+    if is_other:
+        raise error(f"{target}: exists and is not a directory; give another directory")
+    return resolved
 
 
 def disk_fault(target: Path, fault: OSError) -> str:
-    """One message about a disk that refused to write."""
+    """One message about a disk that refused to read or write while `target` was made."""
+    # A fault of copying names both files.
+    place = fault.filename2 or fault.filename
+    reason = f"{fault.strerror or fault}{f' ({place})' if place else ''}"
+    ours = (str(target), str(target.with_name(f".{target.name}.")))
+    if place and not str(place).startswith(ours) and Path(str(place)) not in target.parents:
+        return f"{target}: not written, because the source could not be read: {reason}"
     return (
-        f"{target}: could not be written: {fault.strerror or fault}"
-        f"{f' ({fault.filename})' if fault.filename else ''}. Nothing was left behind; free some "
-        "space, or give another directory"
+        f"{target}: could not be written: {reason}. Nothing was left behind; free some space, or "
+        "give another directory"
     )
 
 
@@ -85,22 +114,37 @@ def work_directory(target: Path) -> Path:
 
 
 def replace_directory(work: Path, target: Path) -> None:
-    """Rename a filled sibling to `target`, replacing what is there only at the end."""
-    _sync_directory(work)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
-        os.rename(target, old)
+    """Rename a filled sibling to `target`, replacing what is there only at the end.
+
+    Args:
+        work: From `work_directory`; made durable before it is renamed.
+        target: Without links; see `directory_to_write`.
+
+    Raises:
+        OSError: If the disk refuses; what was there is there again then.
+    """
+    _sync_tree(work)
+    if not target.exists():
         os.rename(work, target)
-        shutil.rmtree(old)
-    else:
+        _sync(target.parent)
+        return
+    old = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:8]}")
+    os.rename(target, old)
+    try:
         os.rename(work, target)
-    _sync_directory(target.parent)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        logger.warning("%s: could not be removed after it was replaced; remove it by hand", old)
 
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation settings, chat templates and licences of a model directory."""
     for file in sorted(source.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in _SIDE_FILES):
+        if any(fnmatch.fnmatchcase(file.name.lower(), pattern) for pattern in _SIDE_FILES):
             if file.is_dir():
                 shutil.copytree(file, target / file.name, dirs_exist_ok=True)
             else:
@@ -129,12 +173,10 @@ def write_side_files(
     copy_side_files(source, directory)
     dtypes = [dtype for stage in stages for dtype, _ in stage.values()]
     common = max(set(dtypes), key=dtypes.count)
-    # Written under the name the source has, so that its readers find it.
-    field = "torch_dtype" if "torch_dtype" in config else "dtype"
-    written = dict(config) | {
-        "vocab_size": architecture.vocab_size,
-        field: str(common).removeprefix("torch."),
-    }
+    # Written under every name the source has, so that its readers find it.
+    fields = [field for field in ("dtype", "torch_dtype") if field in config] or ["dtype"]
+    written = dict(config) | {"vocab_size": architecture.vocab_size}
+    written |= dict.fromkeys(fields, str(common).removeprefix("torch."))
     write_json(directory / "config.json", written)
     if len(plans) > 1:
         (directory / INDEX_FILE).write_text(index_json(plans), encoding="utf-8")
@@ -153,18 +195,31 @@ def check_free_space(target: Path, num_bytes: int, *, error: type[UserError]) ->
         num_bytes: What will be written.
         error: Raised if less is free.
     """
-    parent = target.absolute().parent
+    parent = target.resolve().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise error(
-            f"{target}: needs {num_bytes / 2**30:.2f} GiB, but only {free / 2**30:.2f} GiB are "
-            "free on that disk; free some space, or give another directory"
+            f"{target}: needs {_size(num_bytes)}, but only {_size(free)} are free on that disk; "
+            "free some space, or give another directory"
         )
 
 
-def _sync_directory(path: Path) -> None:
+def _size(num_bytes: int) -> str:
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.2f} MiB"
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _sync_tree(directory: Path) -> None:
+    """Make everything in a directory durable. What was already costs nothing."""
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,12 @@ from megatron_cgn.hf.checkpoint_layout import CHECKPOINT_FILE, DIST_DIRECTORY, H
 from megatron_cgn.hf.config import read_architecture, read_config_json
 from megatron_cgn.hf.dist_reader import Chunk, DistReader
 from megatron_cgn.hf.families import Parameter, Piece, parameter_table
-from megatron_cgn.hf.files import check_free_space, new_directory, write_side_files
+from megatron_cgn.hf.files import (
+    check_free_space,
+    directory_to_write,
+    new_directory,
+    write_side_files,
+)
 from megatron_cgn.hf.safetensors_io import (
     MappedFile,
     ShardPlan,
@@ -51,9 +56,10 @@ def convert_to_hf(
     Raises:
         CheckpointError: If the checkpoint is missing, damaged or does not fit its own
             ``config.json``.
-        ModelError: If the disk refuses. Nothing is left behind then.
+        ModelError: If the disk refuses, or `out_dir` is not a directory. Nothing is left
+            behind then.
     """
-    target, source = Path(out_dir), Path(checkpoint_dir)
+    target, source = directory_to_write(Path(out_dir), error=ModelError), Path(checkpoint_dir)
     architecture, reader = _open(source)
     tensors = {
         name: (dtype or reader.tensors[parameter.key].properties.dtype, shape)

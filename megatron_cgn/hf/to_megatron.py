@@ -37,7 +37,13 @@ from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf.checkpoint_layout import DIST_DIRECTORY, HF_DIRECTORY, write_checkpoint_json
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, parameter_table
-from megatron_cgn.hf.files import check_free_space, copy_side_files, new_directory, write_json
+from megatron_cgn.hf.files import (
+    check_free_space,
+    copy_side_files,
+    directory_to_write,
+    new_directory,
+    write_json,
+)
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
 from megatron_cgn.hf.streaming import BLOCK_BYTES, Progress, run_in_threads
 from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
@@ -75,9 +81,10 @@ def convert_to_megatron(
 
     Raises:
         ModelError: If the source is not complete or not supported.
-        CheckpointError: If the disk refuses. Nothing is left behind then.
+        CheckpointError: If the disk refuses, or `out_dir` is not a directory. Nothing is left
+            behind then.
     """
-    source, target = Path(source_dir), Path(out_dir)
+    source, target = Path(source_dir), directory_to_write(Path(out_dir), error=CheckpointError)
     architecture = read_architecture(source)
     weights = open_weights(source, architecture)
     if has_tied_copy(weights, architecture) and (fault := tied_copy_fault(weights)):
