@@ -1,12 +1,15 @@
 """The streaming conversion, both ways, and what it does when something is wrong."""
 
 import json
+import os
 import pickle
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf import to_hf, to_megatron
 from megatron_cgn.hf.dist_reader import DistReader
+from megatron_cgn.hf.safetensors_io import SafetensorsDirectory
 from megatron_cgn.hf.to_hf import convert_to_hf
 from megatron_cgn.hf.to_megatron import convert_to_megatron
 
@@ -177,7 +181,7 @@ def test_too_little_space_is_found_before_writing(
 
     write_sample(tmp_path / "hf")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free=1000))
-    with pytest.raises(CheckpointError, match="needs 0.00 GiB, but only"):
+    with pytest.raises(CheckpointError, match=r"needs 0\.\d+ MiB, but only 0\.00 MiB"):
         convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -185,8 +189,13 @@ def test_too_little_space_is_found_before_writing(
 def _run(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     """Run the command line in this process, because importing torch anew takes seconds."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(TOOL), run_name="__main__")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TOOL), run_name="__main__")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return int(ended.value.code or 0)
 
 
@@ -250,6 +259,112 @@ def test_a_disk_that_refuses_leaves_the_previous_output_whole(
         assert "could not be written: File too large" in message
         assert sorted(tmp_path.rglob("*")) == before
     assert_same_bytes(read_tensors(tmp_path / "back"), values)
+
+
+def test_overwrite_replaces_only_what_a_conversion_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_sample(tmp_path / "hf")
+    target = tmp_path / "out"
+    args = ("to-megatron", "--input", tmp_path / "hf", "--output", target, "--overwrite")
+    for name in ("thesis.tex", "config.json", "model.safetensors"):
+        target.mkdir()
+        (target / name).touch()
+        assert _run(monkeypatch, *args) == 2
+        assert "is neither a checkpoint nor a Hugging Face model" in capfd.readouterr().err
+        assert [path.name for path in target.iterdir()] == [name]
+        shutil.rmtree(target)
+    for names in ((), ("checkpoint.json", "x"), ("config.json", "model.safetensors", "x")):
+        target.mkdir()
+        for name in names:
+            (target / name).touch()
+        assert _run(monkeypatch, *args) == 0
+        assert not (target / "x").exists()
+        shutil.rmtree(target)
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sample(tmp_path / "hf")
+    (tmp_path / "disk").mkdir()
+    link, target = tmp_path / "out", tmp_path / "disk" / "out"
+    link.symlink_to(target)
+    for _ in range(2):
+        args = ("to-megatron", "--input", tmp_path / "hf", "--output", link, "--overwrite")
+        assert _run(monkeypatch, *args) == 0
+        assert link.is_symlink() and (target / "checkpoint.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "hf", "out"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_file_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_sample(tmp_path / "hf")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("file", "link"):
+        args = ("to-megatron", "--input", tmp_path / "hf", "--output", tmp_path / name)
+        assert _run(monkeypatch, *args, "--overwrite") == 2
+        assert "is not a directory" in capfd.readouterr().err
+        with pytest.raises(CheckpointError, match="is not a directory"):
+            convert_to_megatron(tmp_path / "hf", tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    write_sample(tmp_path / "hf")
+    view = SafetensorsDirectory.view
+    views = []
+
+    def stop(self: SafetensorsDirectory, name: str, rows: slice) -> torch.Tensor:
+        views.append(name)
+        if len(views) == 1:
+            assert [p for p in tmp_path.iterdir() if p.name.startswith(".ckpt.tmp-")]
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return view(self, name, rows)
+
+    monkeypatch.setattr(SafetensorsDirectory, "view", stop)
+    args = ("to-megatron", "--input", tmp_path / "hf", "--output", tmp_path / "ckpt")
+    assert _run(monkeypatch, *args) == 130
+    assert capfd.readouterr().err == "error: interrupted; nothing was written\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    # Threads that write have been stopped too, rather than waited for.
+    assert len(views) <= 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("to-megatron", "--dtype", "bf16"), "unrecognized arguments: --dtype bf16"),
+        (("to-megatron", "--max-shard-gb", "1"), "unrecognized arguments: --max-shard-gb 1"),
+        (("to-hf", "--make-vocab-size-divisible-by", "8"), "unrecognized arguments: --make"),
+        (("to-hf", "--max-shard-gb", "nan"), "'nan': must be a positive number"),
+        (("to-hf", "--max-shard-gb", "inf"), "'inf': must be a positive number"),
+        (("to-hf", "--max-shard-gb", "x"), "'x': must be a positive number"),
+        (("to-megatron", "--make-vocab-size-divisible-by", "1.5"), "must be a positive integer"),
+        (("to-megatron", "--make-vocab-size-divisible-by", "0"), "must be a positive integer"),
+    ],
+)
+def test_options_without_effect_or_sense_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    args: tuple[str, ...],
+    message: str,
+) -> None:
+    assert _run(monkeypatch, *args, "--input", tmp_path, "--output", tmp_path / "out") == 2
+    assert message in capfd.readouterr().err
 
 
 def test_help_runs_in_a_process_of_its_own_and_shows_an_example() -> None:
