@@ -120,7 +120,13 @@ def check_index(prefix: str | Path, *, tokenizer_fingerprint: str | None = None)
         DataError: If something is wrong; the message says what was found, what was expected and
             what to do.
     """
-    prefix = str(prefix)
+    try:
+        return _check_index(str(prefix), tokenizer_fingerprint)
+    except OSError as error:
+        raise _unreadable(str(prefix), error) from error
+
+
+def _check_index(prefix: str, tokenizer_fingerprint: str | None) -> IndexInfo:
     for suffix in SUFFIXES:
         if not Path(prefix + suffix).is_file():
             raise DataError(_missing(prefix, suffix))
@@ -157,8 +163,23 @@ def check_index(prefix: str | Path, *, tokenizer_fingerprint: str | None = None)
 
 
 def map_tokens(index: IndexInfo) -> npt.NDArray[np.integer[Any]]:
-    """Map the tokens of all documents, one after another, ``[tokens]``, without reading them."""
-    return np.memmap(index.prefix + ".bin", dtype=token_dtype(index.sidecar.vocab_size), mode="r")
+    """Map the tokens of all documents, one after another, ``[tokens]``, without reading them.
+
+    Raises:
+        DataError: If the file cannot be read, or has become empty since it was checked.
+    """
+    dtype = token_dtype(index.sidecar.vocab_size)
+    try:
+        return np.memmap(index.prefix + ".bin", dtype=dtype, mode="r")
+    except (OSError, ValueError) as error:
+        raise _unreadable(index.prefix, error) from error
+
+
+def _unreadable(prefix: str, error: OSError | ValueError) -> DataError:
+    return DataError(
+        f"{prefix}: the index cannot be read ({error}). Check that this process may read its "
+        "files and that nothing is replacing them."
+    )
 
 
 def _missing(prefix: str, suffix: str) -> str:

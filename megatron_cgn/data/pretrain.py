@@ -1,6 +1,6 @@
 """Pre-training data: a weighted blend to train on, and each source's held-out documents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from megatron_cgn.config.schema import DataConfig
-from megatron_cgn.data.blend import SourceAccount, account_for, plan_sources
+from megatron_cgn.data.blend import SourceAccount, SourcePlan, account_for, plan_sources
 from megatron_cgn.data.gpt_blend import BlendRecipe, fill_cache, open_cache
 from megatron_cgn.data.windows import Sample, WindowDataset
-from megatron_cgn.errors import UserError
+from megatron_cgn.errors import DataError, UserError
 from tokenizer.wrapper import Tokenizer
 
 
@@ -64,7 +64,7 @@ def build_pretraining_data(
     """
     assert train_sequences > 0, train_sequences
     fingerprint = tokenizer.fingerprint()
-    plans = _together(lambda: plan_sources(data, tokenizer_fingerprint=fingerprint), group)
+    plans = together(lambda: plan_sources(data, tokenizer_fingerprint=fingerprint), group)
     trained = [plan for plan in plans if plan.share > 0]
     recipe = BlendRecipe(
         plans=tuple(trained), num_sequences=train_sequences, seq_length=data.seq_length, seed=seed
@@ -73,14 +73,8 @@ def build_pretraining_data(
     drawn = _on_first_rank(lambda: fill_cache(recipe, folder), group)
     sequences = dict(zip([plan.name for plan in trained], drawn, strict=True))
     return PretrainingData(
-        train=_together(lambda: open_cache(recipe, drawn, folder), group),
-        validation={
-            plan.name: WindowDataset(
-                plan.validation, seq_length=data.seq_length, eod_id=tokenizer.eod_id
-            )
-            for plan in plans
-            if plan.validation is not None
-        },
+        train=together(lambda: open_cache(recipe, drawn, folder), group),
+        validation=together(lambda: _windows(plans, data, eod_id=tokenizer.eod_id), group),
         account=account_for(
             plans,
             sequences=[sequences.get(plan.name, 0) for plan in plans],
@@ -89,7 +83,17 @@ def build_pretraining_data(
     )
 
 
-def _together[T](step: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+def _windows(
+    plans: Sequence[SourcePlan], data: DataConfig, *, eod_id: int
+) -> dict[str, WindowDataset]:
+    return {
+        plan.name: WindowDataset(plan.validation, seq_length=data.seq_length, eod_id=eod_id)
+        for plan in plans
+        if plan.validation is not None
+    }
+
+
+def together[T](step: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Run a step on every rank of ``group``; if it fails on one, fail on all. Collective."""
     if not dist.is_initialized():
         return step()
@@ -99,6 +103,8 @@ def _together[T](step: Callable[[], T], group: dist.ProcessGroup | None) -> T:
         result = step()
     except UserError as error:
         fault = error
+    except OSError as error:  # from a place that did not expect one: the others must not wait
+        fault = DataError(f"cannot read or write the data: {error}")
     faults: list[UserError | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(faults, fault, group=group)
     for found in faults:
@@ -118,6 +124,8 @@ def _on_first_rank[T](step: Callable[[], T], group: dist.ProcessGroup | None) ->
             outcome = [(step(), None)]
         except UserError as error:
             outcome = [(None, error)]
+        except OSError as error:
+            outcome = [(None, DataError(f"cannot read or write the data: {error}"))]
     dist.broadcast_object_list(outcome, src=0, group=group)
     result, fault = outcome[0]
     if fault is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_cgn.config.schema import DataConfig, SourceConfig
+from megatron_cgn.data import pretrain, windows
 from megatron_cgn.data.pretrain import build_pretraining_data
 from megatron_cgn.errors import DataError
 from megatron_cgn.testing import run_distributed
@@ -41,8 +42,34 @@ def every_rank(folder: Path) -> tuple[list[list[int]], list[str]]:
             build(folder, name, cache)
         except DataError as error:
             messages.append(str(error))
+    messages += late_faults(folder)
     dist.destroy_process_group()
     return rows, messages
+
+
+def late_faults(folder: Path) -> list[str]:
+    """Rank 1 alone loses what it reads, after the sources have been checked."""
+    messages = []
+    real = {"map_tokens": windows.map_tokens, "open_cache": pretrain.open_cache}
+
+    def missing(*arguments: object) -> None:
+        raise DataError("held-out tokens are gone")
+
+    def stale(*arguments: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    for module, name, fault in (
+        (windows, "map_tokens", missing),
+        (pretrain, "open_cache", stale),
+    ):
+        if dist.get_rank() == 1:
+            setattr(module, name, fault)
+        try:
+            build(folder, "a", "cache")
+        except DataError as error:
+            messages.append(str(error))
+        setattr(module, name, real[name])
+    return messages
 
 
 def test_ranks_agree_on_order_and_on_faults(tmp_path: Path) -> None:
@@ -58,6 +85,8 @@ def test_ranks_agree_on_order_and_on_faults(tmp_path: Path) -> None:
     results = run_distributed(every_rank, 2, tmp_path)
     for rows, messages in results:
         assert rows == alone
-        assert len(messages) == 2
+        assert len(messages) == 4
         assert "only-for-others-1.bin: there is no such file" in messages[0]
         assert "cannot write the shuffled indices" in messages[1]
+        assert messages[2] == "held-out tokens are gone"
+        assert messages[3].startswith("cannot read or write the data: [Errno 116]")

@@ -151,6 +151,30 @@ def test_faults_are_found_before_training(tmp_path: Path, fault: str) -> None:
         check_index(prefix, tokenizer_fingerprint=FINGERPRINT)
 
 
+def test_files_that_cannot_be_read_are_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = check_index(write_index(tmp_path / "p", [[1, 2]]))
+    with pytest.raises(DataError, match="p{300}: the index cannot be read .*File name too long"):
+        check_index(tmp_path / ("p" * 300))
+    opened = Path.open
+
+    def refuse(self: Path, *arguments: object, **options: object) -> object:
+        if self.suffix == ".idx":  # to root everything is permitted
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match="p: the index cannot be read .*Permission denied"):
+        check_index(info.prefix)
+    os.truncate(f"{info.prefix}.bin", 0)
+    with pytest.raises(DataError, match="p: the index cannot be read"):
+        map_tokens(info)
+    os.unlink(f"{info.prefix}.bin")
+    with pytest.raises(DataError, match="p: the index cannot be read .*No such file"):
+        map_tokens(info)
+
+
 def test_an_empty_source_is_a_fault(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the source is empty \(0 documents, 0 tokens\)"):
         check_index(write_index(tmp_path / "p", []))
