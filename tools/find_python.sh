@@ -16,7 +16,7 @@ if [ -n "${PYTHON:-}" ]; then
     set -- "$PYTHON"
 else
     set -- python3.12 python3.13 python3.14 python3
-    for candidate in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python3.1[2-9]; do
+    for candidate in "${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}"/versions/*/bin/python3.1[2-9]; do
         set -- "$@" "$candidate"
     done
 fi

@@ -18,6 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".installed"
+# There while .venv is being made: what an interrupted run left may be cleared. Outside .venv,
+# because making .venv clears it.
+UNFINISHED = ROOT / ".cache" / "venv.unfinished"
 EXTRAS = "dev,demo"
 # What decides the contents of .venv.
 INPUTS = ("pyproject.toml", "setup.py", "constraints.txt", "tools/setup_venv.py")
@@ -61,6 +64,27 @@ def _write_stamp(text: str) -> None:
     os.replace(beside, STAMP)
 
 
+def _may_clear() -> bool:
+    """Whether nothing is lost with ``.venv``: it is absent, empty, or was made by this script."""
+    if not VENV.exists():
+        return True
+    return STAMP.exists() or UNFINISHED.exists() or (VENV.is_dir() and not any(VENV.iterdir()))
+
+
+def _make(python: Path) -> None:
+    """Make ``.venv`` and install into it what is missing or out of date."""
+    if not _usable(python):
+        print(f"making {VENV.name} with Python {sys.version.split()[0]} ({sys.executable})")
+        UNFINISHED.touch()
+        venv.create(VENV, clear=True, with_pip=True, symlinks=True)
+    fingerprint = _fingerprint(python)
+    if not STAMP.exists() or STAMP.read_text() != fingerprint:
+        print(f"installing into {VENV.name}; the first time fetches about 3 GB", flush=True)
+        _install(python)
+    _write_stamp(fingerprint)
+    UNFINISHED.unlink(missing_ok=True)
+
+
 def main() -> int:
     """Bring ``.venv`` up to date and return the exit status."""
     python = VENV / "bin" / "python"
@@ -68,18 +92,21 @@ def main() -> int:
     (ROOT / ".cache").mkdir(exist_ok=True)
     with open(ROOT / ".cache" / "venv.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _usable(python):
-            print(f"making {VENV.name} with Python {sys.version.split()[0]} ({sys.executable})")
-            venv.create(VENV, clear=True, with_pip=True, symlinks=True)
-        fingerprint = _fingerprint(python)
-        if not STAMP.exists() or STAMP.read_text() != fingerprint:
-            print(f"installing into {VENV.name}; the first time fetches about 3 GB", flush=True)
-            try:
-                _install(python)
-            except subprocess.CalledProcessError as error:
-                print(f"error: installation failed (pip's exit status {error.returncode})")
-                return 1
-        _write_stamp(fingerprint)
+        if not _usable(python) and not _may_clear():
+            print(
+                f"error: {VENV} exists, was not made by this script and has no Python >= 3.12 with "
+                "pip; remove it or move it away, and run again",
+                file=sys.stderr,
+            )
+            return 1
+        try:
+            _make(python)
+        except subprocess.CalledProcessError as error:
+            print(
+                f"error: installation failed (pip's exit status {error.returncode})",
+                file=sys.stderr,
+            )
+            return 1
     return 0
 
 

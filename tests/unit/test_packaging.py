@@ -90,6 +90,11 @@ def test_a_version_managers_python_is_found(tmp_path: Path) -> None:
     assert Path(done.stdout.strip()).resolve() == Path(sys.executable).resolve()
 
 
+def test_no_home_is_no_fault() -> None:
+    done = _find_python(PATH=f"{Path(sys.executable).resolve().parent}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_python_is_one_clear_message() -> None:
     done = _find_python(PATH=os.environ["PATH"], PYTHON="/nowhere/python3.12")
     assert done.returncode == 1
@@ -113,6 +118,7 @@ def setup_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / ".installed")
+    monkeypatch.setattr(module, "UNFINISHED", tmp_path / ".cache" / "venv.unfinished")
     monkeypatch.setattr(module, "_usable", lambda python: True)
     return module
 
@@ -137,8 +143,35 @@ def test_a_failed_installation_is_not_taken_for_done(
 
     monkeypatch.setattr(setup_venv, "_install", fail)
     assert setup_venv.main() == 1
-    assert "pip's exit status 7" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "pip's exit status 7" in printed.err and "error" not in printed.out
     assert not setup_venv.STAMP.exists()
+
+
+def test_an_environment_of_others_is_not_cleared(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Path] = []
+
+    def create(path: Path, **options: object) -> None:
+        made.append(path)
+        if len(made) == 1:  # interrupted half-way
+            (path / "lib").mkdir()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_venv, "_usable", lambda python: False)
+    monkeypatch.setattr(setup_venv, "_install", lambda python: None)
+    monkeypatch.setattr(setup_venv.venv, "create", create)
+    with pytest.raises(KeyboardInterrupt):
+        setup_venv.main()  # .venv was empty
+    assert setup_venv.main() == 0  # taken up again
+    assert setup_venv.main() == 0  # ours, by its stamp, though its base is gone
+    assert len(made) == 3
+
+    setup_venv.STAMP.unlink()
+    assert setup_venv.main() == 1
+    assert len(made) == 3 and (setup_venv.VENV / "lib").exists()
+    assert re.search(r"error: .*\.venv exists, was not made by this", capsys.readouterr().err)
 
 
 def test_help_lists_every_target() -> None:
