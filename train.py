@@ -10,7 +10,6 @@ fault, 75 when stopped by a signal after saving.
 
 import argparse
 import logging
-import os
 import sys
 
 from megatron_cgn.quiet import quiet_dependencies
@@ -36,10 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     quiet_dependencies()
-    from megatron_cgn.errors import StoppedBySignal, UserError
+    from megatron_cgn.errors import ConfigError, StoppedBySignal, UserError
     from megatron_cgn.parallel.report import tell_once
+    from megatron_cgn.parallel.state import shutdown_parallel
 
     try:
+        if args.resolve and not args.cfg:
+            raise ConfigError("--resolve: has no effect without --cfg job.")
         if args.cfg:
             return _show(args.overrides)
         _run(args.overrides)
@@ -48,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except StoppedBySignal as stop:
         tell_once(str(stop))
+        shutdown_parallel()
         return stop.exit_code
     return 0
 
@@ -59,10 +62,10 @@ def _run(overrides: list[str]) -> None:
 
     run = load_config(overrides)
     stage = find_stage(run.stage)
-    validate(run, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    stage(run)
-    from megatron_cgn.parallel.state import shutdown_parallel
+    from megatron_cgn.parallel.state import read_world_size, shutdown_parallel
 
+    validate(run, world_size=read_world_size())
+    stage(run)
     shutdown_parallel()
 
 
@@ -86,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cfg", choices=["job"], help="print the configuration instead of training"
     )
     parser.add_argument(
-        "--resolve", action="store_true", help="accepted with --cfg; values are always resolved"
+        "--resolve", action="store_true", help="for --cfg; values are resolved with or without it"
     )
     return parser
 

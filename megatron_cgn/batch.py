@@ -5,12 +5,9 @@ Shapes: B sequences, S tokens. Every field is a tensor on the device of the mode
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

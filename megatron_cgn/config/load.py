@@ -21,7 +21,6 @@ from megatron_cgn.config.schema import RunConfig, SourceConfig
 from megatron_cgn.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "hydra_conf"
-STAGES = ("cpt",)
 _GROUPS = ("stage", "model", "data", "parallel", "optim", "experiment")
 
 

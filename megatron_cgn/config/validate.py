@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from megatron_cgn.config.schema import DataConfig, RunConfig
+from megatron_cgn.config.schema import DataConfig, ExportConfig, OptimConfig, RunConfig
 from megatron_cgn.errors import ConfigError
 
 
@@ -49,8 +49,22 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *data_faults(run.data),
         *_optim(run),
         *_checkpoint(run),
+        *_export(run),
     ]
     _raise(faults)
+
+
+def validate_steps(run: RunConfig, total_steps: int) -> None:
+    """Check that the learning-rate schedule fits into the run, once its length is known.
+
+    Args:
+        run: The configuration.
+        total_steps: Optimizer steps of the run.
+
+    Raises:
+        ConfigError: If warm-up and decay are longer than the run.
+    """
+    _raise(list(_schedule(run, total_steps, f"train.epochs={run.train.epochs}")))
 
 
 def validate_architecture(run: RunConfig, architecture: ArchitectureLike) -> None:
@@ -177,12 +191,20 @@ def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
         yield f"train.train_iters, train.epochs: {state}; give exactly one."
     if t.train_iters is not None and t.train_iters < 1:
         yield _at_least("train.train_iters", 1, run)
+    held_out = run.data.validation_fraction > 0 or any(
+        source.validation_path is not None for source in run.data.sources
+    )
     if t.epochs is not None and t.epochs <= 0:
         yield f"train.epochs: {t.epochs}; must be above 0."
     for name in ("log_interval_steps", "validation_interval_steps", "validation_sequences"):
         value = getattr(t, name)
         if value is not None and value < 1:
             yield _at_least(f"train.{name}", 1, run)
+        elif name.startswith("validation") and value and run.data.sources and not held_out:
+            yield (
+                f"train.{name}: {value} has no effect, since nothing is held out; set "
+                "data.validation_fraction or a source's validation_path."
+            )
 
 
 def _portions(run: RunConfig, world_size: int) -> Iterator[str]:
@@ -287,6 +309,11 @@ def _optim(run: RunConfig) -> Iterator[str]:
         yield f"optim.adam_eps: {o.adam_eps}; must be above 0."
     if o.initial_loss_scale < 1:
         yield _at_least("optim.initial_loss_scale", 1, run)
+    if run.precision != "fp16" and o.initial_loss_scale != OptimConfig().initial_loss_scale:
+        yield (
+            f"optim.initial_loss_scale: {o.initial_loss_scale} has no effect with "
+            f"precision={run.precision}; only fp16 has a loss scale."
+        )
     if (o.schedule == "wsd") != (o.decay_steps is not None):
         remedy = (
             "say over how many last steps wsd decays"
@@ -297,10 +324,16 @@ def _optim(run: RunConfig) -> Iterator[str]:
     elif o.decay_steps is not None and o.decay_steps < 1:
         yield _at_least("optim.decay_steps", 1, run)
     iters = run.train.train_iters
-    if iters is not None and o.warmup_steps + (o.decay_steps or 0) > iters:
+    if iters is not None:
+        yield from _schedule(run, iters, f"train.train_iters={iters}")
+
+
+def _schedule(run: RunConfig, total_steps: int, setting: str) -> Iterator[str]:
+    warmup, decay = run.optim.warmup_steps, run.optim.decay_steps or 0
+    if warmup + decay > total_steps:
         yield (
-            f"optim.warmup_steps: {o.warmup_steps} warm-up and {o.decay_steps or 0} decay steps do "
-            f"not fit into train.train_iters={iters}."
+            f"optim.warmup_steps: {warmup} warm-up and {decay} decay steps do not fit into the "
+            f"{total_steps} steps of {setting}; use fewer."
         )
 
 
@@ -309,6 +342,16 @@ def _checkpoint(run: RunConfig) -> Iterator[str]:
         value = getattr(run.checkpoint, name)
         if value is not None and value < 1:
             yield _at_least(f"checkpoint.{name}", 1, run)
+    if not run.checkpoint.save_optimizer and run.checkpoint.interval_steps is not None:
+        yield (
+            "checkpoint.save_optimizer: false, but a run cannot go on from the checkpoints of "
+            "checkpoint.interval_steps without optimizer state; set one of them otherwise."
+        )
+
+
+def _export(run: RunConfig) -> Iterator[str]:
+    if not run.export.enabled and run.export.dtype != ExportConfig().dtype:
+        yield f"export.dtype: {run.export.dtype} has no effect with export.enabled=false."
 
 
 def _cuts(run: RunConfig, a: ArchitectureLike) -> Iterator[str]:

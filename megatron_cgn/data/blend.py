@@ -29,6 +29,11 @@ class Documents:
         return self.stop - self.start
 
     @property
+    def identity(self) -> str:
+        """Equal for the same documents, whatever files hold them."""
+        return f"{self.index.sidecar.digest}[{self.start}:{self.stop}]"
+
+    @property
     def tokens(self) -> int:
         """Number of tokens in them."""
         return self.index.tokens_of(self.start, self.stop)
@@ -68,6 +73,8 @@ class SourceAccount:
     """Documents held out."""
     validation_tokens: int
     """Tokens in them."""
+    digest: str
+    """Identity of the documents, those to train on and those held out."""
 
 
 def plan_sources(
@@ -158,6 +165,7 @@ def account_for(
             epochs=count * seq_length / max(1, plan.training.tokens),
             validation_documents=len(plan.validation) if plan.validation else 0,
             validation_tokens=plan.validation.tokens if plan.validation else 0,
+            digest="/".join(d.identity for d in (plan.training, plan.validation) if d),
         )
         for plan, count in zip(plans, sequences, strict=True)
     )

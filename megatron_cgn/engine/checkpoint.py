@@ -14,14 +14,12 @@ A checkpoint is written to ``step_….partial`` and renamed, and an old one is r
 writing tensors only; when to save is `trainer.py`'s business.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,55 +28,25 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from pydantic import TypeAdapter
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cgn.engine.dist_writer import InProcessSaveStrategy
 from megatron_cgn.errors import CheckpointError, UserError
+from megatron_cgn.hf.checkpoint_layout import (
+    REMEDY,
+    TENSOR_SUFFIX,
+    check_digests,
+    digest,
+    write_info,
+)
+from megatron_cgn.hf.checkpoint_layout import CheckpointInfo as CheckpointInfo
+from megatron_cgn.hf.checkpoint_layout import read_info as read_info
 from megatron_cgn.parallel.reduce import first_problem
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 LATEST = "latest"
 _STEP = re.compile(r"step_(\d{7,})")
-_TENSORS = ".distcp"
-_REMEDY = "Remove the directory to resume from the checkpoint before it."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointInfo:
-    """The contents of ``checkpoint.json``.
-
-    Attributes:
-        step: Training steps done.
-        optimizer_steps: Those that changed the weights: FP16 overflows change nothing.
-        consumed_sequences: Training sequences read.
-        has_optimizer: Whether training can go on exactly from here.
-        has_master_weights: Whether FP32 master weights are stored beside the model's.
-        layout: Parallel sizes it was written under, to know whether RNG states fit.
-        fit: What a run must share with the checkpoint to go on from it, by dotted name.
-        vocab_size: Ids of the tokenizer.
-        padded_vocab_size: Rows of the stored embedding.
-        dtype: Type of the stored weights.
-        files: Size in bytes of every file, by relative path.
-        digests: Hash of every file, by relative path.
-        format: Version of this layout.
-    """
-
-    step: int
-    consumed_sequences: int
-    has_optimizer: bool
-    optimizer_steps: int = 0
-    has_master_weights: bool = False
-    layout: Mapping[str, int] = field(default_factory=dict)
-    fit: Mapping[str, Any] = field(default_factory=dict)
-    vocab_size: int
-    padded_vocab_size: int
-    dtype: str
-    files: Mapping[str, int] = field(default_factory=dict)
-    digests: Mapping[str, str] = field(default_factory=dict)
-    format: int = FORMAT
 
 
 def checkpoint_name(step: int) -> str:
@@ -114,44 +82,6 @@ def _by_step(root: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[5:]))
 
 
-def read_info(directory: Path) -> CheckpointInfo:
-    """Read and check ``checkpoint.json``, and that every file has its size.
-
-    Args:
-        directory: A checkpoint directory.
-
-    Returns:
-        What it says.
-
-    Raises:
-        CheckpointError: If something is missing, cut short or unreadable.
-    """
-    path = directory / "checkpoint.json"
-    try:
-        info = TypeAdapter(CheckpointInfo).validate_python(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory}: damaged: checkpoint.json is missing. {_REMEDY}"
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = "; ".join(str(error).splitlines()[:3])
-        raise CheckpointError(
-            f"{directory}: damaged: checkpoint.json cannot be read ({reason}). {_REMEDY}"
-        ) from error
-    if info.format != FORMAT:
-        raise CheckpointError(f"{path}: format {info.format}; this version reads {FORMAT}.")
-    for name, size in info.files.items():
-        file = directory / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(
-                f"{directory}: damaged: {name} {state}, {size} bytes were written. {_REMEDY}"
-            )
-    _check_digests(directory, info, [n for n in info.digests if not n.endswith(_TENSORS)])
-    return info
-
-
 def check_tensors(directory: Path, info: CheckpointInfo) -> None:
     """Hold the files that `read_info` leaves out against their hashes. Collective over all ranks.
 
@@ -164,22 +94,14 @@ def check_tensors(directory: Path, info: CheckpointInfo) -> None:
     Raises:
         CheckpointError: On every rank, if a file is damaged.
     """
-    names = sorted(n for n in info.digests if n.endswith(_TENSORS))
+    names = sorted(n for n in info.digests if n.endswith(TENSOR_SUFFIX))
     problem: str | None = None
     try:
-        _check_digests(directory, info, names[dist.get_rank() :: dist.get_world_size()])
+        check_digests(directory, info, names[dist.get_rank() :: dist.get_world_size()])
     except (CheckpointError, OSError) as error:
         problem = str(error)
     if first := first_problem(problem):
         raise CheckpointError(first)
-
-
-def _check_digests(directory: Path, info: CheckpointInfo, names: Sequence[str]) -> None:
-    for name in names:
-        if _digest(directory / name) != info.digests[name]:
-            raise CheckpointError(
-                f"{directory}: damaged: {name} is not as it was written. {_REMEDY}"
-            )
 
 
 def check_fit(info: CheckpointInfo, fit: Mapping[str, Any], directory: Path) -> None:
@@ -240,12 +162,9 @@ def save_checkpoint(
         hf_files(partial / "hf")
 
     def publish() -> None:
-        files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
-        sizes = {name: file.stat().st_size for name, file in files.items()}
-        small = {name: _digest(files[name]) for name in files if not name.endswith(_TENSORS)}
-        digests = {name: digest for part in (small, *written) for name, digest in part.items()}
-        content = {**_as_dict(info), "files": sizes, "digests": digests}
-        _write_json(partial / "checkpoint.json", content)
+        write_info(
+            partial, info, tensor_digests={k: v for part in written for k, v in part.items()}
+        )
         partial.rename(final)
         _sync_directory(root)
         _point_latest(root, final.name)
@@ -292,7 +211,7 @@ def load_checkpoint(directory: Path, sharded_state: ShardedStateDict) -> dict[st
         logger.debug("could not load %s", directory, exc_info=True)
         problem = _one_line(error)
     if first := first_problem(problem):
-        raise CheckpointError(f"{directory}: cannot be read ({first}). {_REMEDY}")
+        raise CheckpointError(f"{directory}: cannot be read ({first}). {REMEDY}")
     return loaded
 
 
@@ -334,22 +253,10 @@ def _point_latest(root: Path, name: str) -> None:
     link.replace(root / LATEST)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _own_digests(directory: Path) -> dict[str, str]:
     """Hashes of the files that this rank wrote, still in the page cache."""
-    files = (directory / "dist").glob(f"__{dist.get_rank()}_*{_TENSORS}")
-    return {str(file.relative_to(directory)): _digest(file) for file in files}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    files = (directory / "dist").glob(f"__{dist.get_rank()}_*{TENSOR_SUFFIX}")
+    return {str(file.relative_to(directory)): digest(file) for file in files}
 
 
 def _sync_directory(path: Path) -> None:
@@ -359,11 +266,6 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
-    names = CheckpointInfo.__dataclass_fields__
-    return {n: dict(v) if isinstance(v := getattr(info, n), Mapping) else v for n in names}
 
 
 def _together(

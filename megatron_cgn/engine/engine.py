@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 _SCORED_PER_STAGE = 4
 """Micro-batches that `Engine.score` sends through the pipeline at once, times its stages."""
-
-B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +163,12 @@ class Engine:
             several = len(self._wrapped) > 1
             self.model_config.no_sync_func = no_syncs if several else no_syncs[0]
             self.model_config.grad_sync_func = syncs if several else syncs[0]
-        if self.run.parallel.overlap_param_gather:
+        if self.run.parallel.overlap_param_gather and len(self._wrapped) > 1:
+            # Only the interleaved schedule asks; otherwise hooks before each layer gather.
             gathers = [chunk.start_param_sync for chunk in self._wrapped]
-            several = len(self._wrapped) > 1
-            self.model_config.param_sync_func = gathers if several else gathers[0]
+            self.model_config.param_sync_func = gathers
 
-    def train_step(
+    def train_step[B](
         self, micro_batches: Sequence[B], objective: Objective[B], *, reduce_metrics: bool = True
     ) -> StepReport:
         """Take one optimizer step.
@@ -209,7 +207,7 @@ class Engine:
         )
 
     @torch.no_grad()
-    def score(
+    def score[B](
         self, batches: Iterable[B], forward_args: Callable[[B], ForwardArgs]
     ) -> Iterator[tuple[B, Tensor]]:
         """Run the model forward only, micro-batch by micro-batch.
@@ -300,15 +298,6 @@ class Engine:
         }
         return metrics, int(totals[names.index(LOSS)][1])
 
-    def gather_parameters(self) -> None:
-        """Bring weights up to date that ``overlap_param_gather`` would gather in the next step.
-
-        Call it before anyone reads the weights other than by a forward pass.
-        """
-        if self.run.parallel.overlap_param_gather:
-            for chunk in self._wrapped:
-                chunk.start_param_sync(force_sync=True)
-
     def model_state(self) -> ShardedStateDict:
         """The weights as sharded tensors that share memory with the model; see `chunks`."""
         if len(self.chunks) == 1:
@@ -321,6 +310,7 @@ class Engine:
         *,
         fit: dict[str, Any],
         hf_files: Callable[[Path], None],
+        with_optimizer: bool = True,
     ) -> Path:
         """Write a checkpoint.
 
@@ -328,6 +318,7 @@ class Engine:
             root: ``checkpoint.dir``.
             fit: What a run must share with this one to go on from it, by dotted name.
             hf_files: Writes configuration and tokenizer into a directory; called on rank 0.
+            with_optimizer: Whether training can go on from it exactly.
 
         Returns:
             The checkpoint's directory.
@@ -335,12 +326,10 @@ class Engine:
         Raises:
             CheckpointError: On every rank, if it could not be written.
         """
-        keep = self.run.checkpoint
-        self.gather_parameters()
         sharded = self.model_state()
         sharded["rng"] = ckpt.per_rank_object("rng_state", rng_state())
         has_master = False
-        if keep.save_optimizer:
+        if with_optimizer:
             sharded["optimizer"] = optimizer_state.sharded_optimizer_state(
                 self._optimizer, self.model_state(), self.state
             )
@@ -353,7 +342,7 @@ class Engine:
             step=self.step,
             optimizer_steps=self._optimizer_steps,
             consumed_sequences=self.consumed_sequences,
-            has_optimizer=keep.save_optimizer,
+            has_optimizer=with_optimizer,
             has_master_weights=has_master,
             layout=self._layout(),
             fit=fit,
@@ -366,7 +355,7 @@ class Engine:
             dtype=self.run.precision,
         )
         return ckpt.save_checkpoint(
-            root, sharded, info, hf_files=hf_files, keep_last=keep.keep_last
+            root, sharded, info, hf_files=hf_files, keep_last=self.run.checkpoint.keep_last
         )
 
     def load_model(self, directory: Path) -> None:
@@ -378,7 +367,7 @@ class Engine:
         Raises:
             CheckpointError: If it is damaged or does not hold this model.
         """
-        ckpt.read_info(directory)
+        ckpt.check_tensors(directory, ckpt.read_info(directory))
         self._put_weights(ckpt.load_checkpoint(directory, self.model_state()))
 
     def resume(self, directory: Path, *, fit: dict[str, Any]) -> None:
@@ -395,11 +384,17 @@ class Engine:
         """
         info = ckpt.read_info(directory)
         ckpt.check_fit(info, fit, directory)
+        if info.step == self.total_steps and not info.has_optimizer:
+            self.load_model(directory)  # nothing is left to train
+            self.step = info.step
+            self.consumed_sequences = info.consumed_sequences
+            return
         if not info.has_optimizer:
             raise CheckpointError(
                 f"{directory}: holds no optimizer state (checkpoint.save_optimizer was false), so "
                 "training cannot go on from it. Use it as a starting model instead."
             )
+        ckpt.check_tensors(directory, info)
         sharded = self.model_state()
         sharded["optimizer"] = optimizer_state.empty_optimizer_state(
             self._optimizer, self.model_state(), with_master=info.has_master_weights

@@ -8,7 +8,7 @@ project knows this protocol.
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,8 +19,6 @@ from megatron_cgn.objectives.base import ForwardArgs, Objective, Ratio
 from megatron_cgn.parallel import cpu
 from megatron_cgn.parallel.context import shard_sequence
 from megatron_cgn.parallel.state import ParallelState
-
-B = TypeVar("B")
 
 Report = dict[str, Ratio]
 LOSS = "loss"

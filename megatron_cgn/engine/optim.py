@@ -40,6 +40,8 @@ def wrap_model(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        # The interleaved schedule then starts the gathers, of all stages at the same time.
+        align_param_gather=parallel.overlap_param_gather and len(chunks) > 1,
         # FP16 expects overflows and answers them with the loss scale.
         check_for_nan_in_grad=precision != "fp16",
     )

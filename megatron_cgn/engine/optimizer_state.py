@@ -310,17 +310,29 @@ def _assemble(
         return part.cpu() if rank == to and part is not None else None
     if rank != to:
         if part is not None and part.numel():
-            dist.send(part.contiguous(), dist.get_global_rank(group, to), group=group)
+            _exchange([dist.P2POp(dist.isend, part.contiguous(), group=group, group_peer=to)])
         return None
+    received = {
+        source: torch.empty(end - start, dtype=torch.float32, device=cpu.device())
+        for source, (start, end) in enumerate(shares)
+        if start < end and source != rank
+    }
+    _exchange(
+        [
+            dist.P2POp(dist.irecv, tensor, group=group, group_peer=source)
+            for source, tensor in received.items()
+        ]
+    )
+    if part is not None:
+        received[rank] = part
     whole = torch.empty(numel, dtype=torch.float32)
-    for source, (start, end) in enumerate(shares):
-        if start == end:
-            continue
-        if source == rank:
-            assert part is not None
-            whole[start:end].copy_(part)
-            continue
-        received = torch.empty(end - start, dtype=torch.float32, device=cpu.device())
-        dist.recv(received, dist.get_global_rank(group, source), group=group)
-        whole[start:end].copy_(received)
+    for source, tensor in received.items():
+        whole[slice(*shares[source])].copy_(tensor)
     return whole
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    """Send and receive at once: NCCL then uses the group's communicator, not one for every pair."""
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
+
+import torch.distributed as dist
 
 from megatron_cgn.engine.callbacks import Callback
 from megatron_cgn.engine.checkpoint import find_latest
@@ -17,8 +19,6 @@ from megatron_cgn.objectives.base import Objective
 from megatron_cgn.parallel.reduce import first_problem, highest
 
 logger = logging.getLogger(__name__)
-
-B = TypeVar("B")
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -90,7 +90,7 @@ class Trainer[B]:
             CheckpointError: If one is required and missing, or does not fit, or if ``never``
                 would overwrite one.
         """
-        latest = find_latest(self._checkpoint_dir)
+        latest = _agreed_latest(self._checkpoint_dir)
         if mode == "never" and latest is not None:
             raise CheckpointError(
                 f"{self._checkpoint_dir}: holds {latest.name}, and checkpoint.resume=never would "
@@ -146,7 +146,7 @@ class Trainer[B]:
             if state == 2:
                 self._stop_on_problem()
             if state == 1 and not last:
-                self._save()
+                self._save(to_go_on=True)
                 raise StoppedBySignal(
                     f"stopped by a signal after step {engine.step}; a checkpoint was saved"
                 )
@@ -156,14 +156,19 @@ class Trainer[B]:
         if metrics:
             self._tell(methodcaller("on_validation", self._engine.step, metrics))
 
-    def _save(self) -> None:
+    def _save(self, *, to_go_on: bool = False) -> None:
         if self._saved_step == self._engine.step:
             return
-        # Processes that a save starts inherit the mask: a signal to the whole job, as Slurm sends
-        # it, must not end them and with them the save. This process answers after it.
+        # A signal to the whole job, as Slurm sends it, must not end what a save has started (such
+        # as a program that a file system calls); this process answers after it.
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
-            path = self._engine.save(self._checkpoint_dir, fit=self._fit, hf_files=self._hf_files)
+            path = self._engine.save(
+                self._checkpoint_dir,
+                fit=self._fit,
+                hf_files=self._hf_files,
+                with_optimizer=to_go_on or self._engine.run.checkpoint.save_optimizer,
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         self._saved_step = self._engine.step
@@ -193,6 +198,13 @@ class Trainer[B]:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._stop_signal = number
+
+
+def _agreed_latest(root: Path) -> Path | None:
+    """What rank 0 finds: directory listings of a shared file system may differ over nodes."""
+    found = [find_latest(root)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def _due(step: int, interval: int | None) -> bool:

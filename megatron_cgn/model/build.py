@@ -159,7 +159,8 @@ def transformer_config(
         and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_activation_fusion=fuse,
         bias_dropout_fusion=fuse,
-        cross_entropy_loss_fusion=fuse,
+        # Its backward pass rounds to BF16 whatever the type, so only BF16 may use it.
+        cross_entropy_loss_fusion=fuse and precision == "bf16",
         cross_entropy_fusion_impl="native",
         apply_rope_fusion=te,
     )

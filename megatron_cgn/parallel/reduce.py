@@ -1,7 +1,5 @@
 """Reduce sums and counts over the processes that hold a share of them."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -52,19 +50,3 @@ def first_problem(problem: str | None) -> str | None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     return next((f"rank {rank}: {p}" for rank, p in enumerate(problems) if p is not None), None)
-
-
-def spread(values: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Smallest and largest value of each name over all ranks. Collective over all ranks.
-
-    Args:
-        values: The same names on every rank.
-
-    Returns:
-        ``(min, max)`` by name.
-    """
-    local = torch.tensor(list(values.values()), dtype=torch.float64, device=cpu.device())
-    low, high = local.clone(), local.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
-    return {k: (float(low[i]), float(high[i])) for i, k in enumerate(values)}

@@ -95,7 +95,7 @@ def initialize_parallel(parallel: ParallelConfig) -> ParallelState:
     Raises:
         ConfigError: If the layout does not fit the number of processes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = read_world_size()
     check_world_size(parallel, world_size)
     _join(parallel, world_size)
     mpu.initialize_model_parallel(
@@ -140,17 +140,55 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
+def read_world_size() -> int:
+    """Number of processes of the run, as ``torchrun`` says; 1 where nobody says.
+
+    Raises:
+        ConfigError: If the environment contradicts itself.
+    """
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if tasks != "1":
+            raise ConfigError(
+                f"WORLD_SIZE is not set, but this is one of {tasks} tasks of a Slurm step: each "
+                "would train alone and overwrite the others' files. Start one torchrun a node, or "
+                "set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+            )
+        return 1
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE: {text!r} in the environment is no number of processes.")
+    return int(text)
+
+
+def _local_device() -> int:
+    """Index of this rank's CUDA device on its node."""
+    local_rank, devices = os.environ.get("LOCAL_RANK"), torch.cuda.device_count()
+    if local_rank is None and read_world_size() > 1 and devices > 1:
+        raise ConfigError(
+            "LOCAL_RANK: not in the environment, so every process of a node would take its first "
+            "GPU. Start with torchrun, or set it."
+        )
+    index = int(local_rank or "0")
+    if index >= devices:
+        raise ConfigError(
+            f"LOCAL_RANK: {index}, but this node has {devices} CUDA device(s); start as many "
+            "processes a node as it has."
+        )
+    return index
+
+
 def _join(parallel: ParallelConfig, world_size: int) -> None:
     """Join the default process group, and take this rank's device."""
     cpu.install()
     # Lets communication start before queued compute kernels; Megatron overlaps rely on it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local_device())
     if dist.is_initialized():
         return
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    if world_size == 1 and "RANK" not in os.environ:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(cpu.backend(), store=store, rank=0, world_size=1, timeout=timeout)
     else:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_cgn.config.load import dump_config
@@ -22,6 +23,7 @@ from megatron_cgn.hf.export import export_weights
 from megatron_cgn.hf.load import load_weights
 from megatron_cgn.hf.weights import open_weights
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.build import resolve_backend
 from megatron_cgn.parallel.reduce import first_problem
 from tokenizer.wrapper import Tokenizer
 
@@ -121,6 +123,8 @@ def copy_hf_files(source: Path, target: Path) -> None:
         source: Hugging Face directory.
         target: Directory to fill; made if missing.
     """
+    if not (source / "config.json").is_file():
+        raise ModelError(f"{source}: config.json is gone; a checkpoint needs it to be exported.")
     target.mkdir(parents=True, exist_ok=True)
     for pattern in _HF_FILES:
         for file in source.glob(pattern):
@@ -195,6 +199,18 @@ def make_callbacks(
     return callbacks
 
 
+def describe_engine(engine: Engine) -> str:
+    """Say what the model runs on and how it is laid out."""
+    p, state = engine.run.parallel, engine.state
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return (
+        f"{engine.run.precision} on {where}, {resolve_backend(engine.run.model.backend)} layers; "
+        f"{state.world_size} process(es): tensor {p.tensor_model_parallel_size} × pipeline "
+        f"{p.pipeline_model_parallel_size} × context {p.context_parallel_size} × data "
+        f"{state.dp_size}; {engine.total_steps} steps"
+    )
+
+
 def show_outcome(run: RunConfig, exported: Path | None) -> None:
     """Say on rank 0 what the run achieved and where it is."""
     if dist.get_rank() != 0:
@@ -217,7 +233,6 @@ def export(engine: Engine) -> Path | None:
     run = engine.run
     if not run.export.enabled:
         return None
-    engine.gather_parameters()
     target = Path(run.output_dir) / "export"
     export_weights(
         engine.chunks,

@@ -13,9 +13,10 @@ import torch
 
 from megatron_cgn.batch import TokenBatch
 from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.config.validate import validate_steps
 from megatron_cgn.data.blend import SourceAccount, plan_sources, train_sequences_for_epochs
 from megatron_cgn.data.loader import SequentialLoader, ValidationLoader
-from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data
+from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data, together
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.trainer import Schedule, Trainer
 from megatron_cgn.eval.bits_per_byte import HeldOutScore, score_held_out
@@ -41,7 +42,8 @@ def run(run: RunConfig) -> None:
     tokenizer = Tokenizer.from_pretrained(common.model_path(run))
     common.check_start(run, architecture, tokenizer)
     state = initialize_parallel(run.parallel)
-    total_steps = count_steps(run, tokenizer)
+    total_steps = together(lambda: count_steps(run, tokenizer), None)
+    validate_steps(run, total_steps)
     data = build_pretraining_data(
         run.data,
         tokenizer=tokenizer,
@@ -113,6 +115,7 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         resumed_from=resumed,
     )
     for callback in callbacks:
+        callback.on_message(common.describe_engine(engine))
         callback.on_message(_describe(data.account))
     loader = SequentialLoader(
         data.train,
@@ -164,7 +167,8 @@ def _fit(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> dict[st
             "train.global_batch_size": run.train.global_batch_size,
             "train_sequences": engine.total_steps * run.train.global_batch_size,
             "data.sources": [
-                [a.name, a.share, a.training_documents, a.training_tokens] for a in data.account
+                [a.name, a.share, a.training_documents, a.training_tokens, a.digest]
+                for a in data.account
             ],
         },
     )

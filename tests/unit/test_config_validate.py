@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 
 from megatron_cgn.config import validate as module
-from megatron_cgn.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig
-from megatron_cgn.config.validate import validate, validate_architecture
+from megatron_cgn.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megatron_cgn.config.validate import validate, validate_architecture, validate_steps
 from megatron_cgn.errors import ConfigError
 
 VALID = RunConfig(
@@ -183,7 +190,31 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "negative-clip": ({"optim.clip_grad": -1.0}, 1, ["optim.clip_grad: -1.0", "at least 0"]),
     "beta": ({"optim.adam_beta2": 1.0}, 1, ["optim.adam_beta2: 1.0", "below 1"]),
     "epsilon": ({"optim.adam_eps": 0.0}, 1, ["optim.adam_eps: 0.0", "above 0"]),
-    "loss-scale": ({"optim.initial_loss_scale": 0.5}, 1, ["optim.initial_loss_scale: 0.5"]),
+    "loss-scale": (
+        {"optim.initial_loss_scale": 0.5, "precision": "fp16"},
+        1,
+        ["optim.initial_loss_scale: 0.5"],
+    ),
+    "loss-scale-of-bf16": (
+        {"optim.initial_loss_scale": 1024.0, "precision": "bf16"},
+        1,
+        ["optim.initial_loss_scale: 1024.0", "precision=bf16"],
+    ),
+    "validation-of-nothing": (
+        {"train.validation_sequences": 3},
+        1,
+        ["train.validation_sequences: 3", "nothing is held out"],
+    ),
+    "export-type-of-nothing": (
+        {"export.dtype": "fp16", "export.enabled": False},
+        1,
+        ["export.dtype: fp16", "export.enabled=false"],
+    ),
+    "checkpoints-without-optimizer": (
+        {"checkpoint.save_optimizer": False, "checkpoint.interval_steps": 5},
+        1,
+        ["checkpoint.save_optimizer: false", "checkpoint.interval_steps"],
+    ),
     "wsd-without-decay": (
         {"optim.schedule": "wsd"},
         1,
@@ -202,7 +233,7 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "warm-up-too-long": (
         {"optim.warmup_steps": 101},
         1,
-        ["optim.warmup_steps: 101", "train.train_iters=100"],
+        ["optim.warmup_steps: 101", "100 steps of train.train_iters=100"],
     ),
     "warm-up-and-decay-too-long": (
         {"optim.schedule": "wsd", "optim.warmup_steps": 60, "optim.decay_steps": 60},
@@ -339,3 +370,12 @@ def test_every_rule_has_a_case() -> None:
         if not reached & set(range(n.lineno, (n.end_lineno or n.lineno) + 1))
     ]
     assert missed == []
+
+
+def test_a_schedule_longer_than_the_epochs_is_refused() -> None:
+    run = RunConfig(
+        train=TrainConfig(epochs=1.0), optim=OptimConfig(warmup_steps=60, decay_steps=60)
+    )
+    validate_steps(run, 120)
+    with pytest.raises(ConfigError, match="60 warm-up and 60 decay steps do not fit into the 119"):
+        validate_steps(run, 119)

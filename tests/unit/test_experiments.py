@@ -11,7 +11,11 @@ from megatron_cgn.model.architecture import Architecture
 RECIPES = sorted(p.stem for p in (CONFIG_DIR / "experiment").glob("*.yaml"))
 PROCESSES = {"quickstart": 2, "cpt_llama3_8b": 8, "cpt_llama3_70b": 64}
 SAID = {"quickstart": "two CPU processes"}  # where a recipe does not say "start N processes"
-GIVEN = ["model.hf_path=models/base", "data.sources=[{name: domain, path: data/domain}]"]
+GIVEN = [
+    "model.hf_path=models/base",
+    "data.sources=[{name: domain, path: data/domain}]",
+    "data.validation_fraction=0.01",
+]
 LLAMA3_70B = Architecture(
     family="llama",
     num_layers=80,
