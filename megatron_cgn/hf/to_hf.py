@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from megatron_cgn.errors import CheckpointError, ModelError
-from megatron_cgn.hf.checkpoint_layout import CHECKPOINT_FILE, DIST_DIRECTORY, HF_DIRECTORY
+from megatron_cgn.hf.checkpoint_layout import (
+    CHECKPOINT_FILE,
+    DIST_DIRECTORY,
+    HF_DIRECTORY,
+    read_info,
+)
 from megatron_cgn.hf.config import read_architecture, read_config_json
 from megatron_cgn.hf.dist_reader import Chunk, DistReader
 from megatron_cgn.hf.families import Parameter, Piece, parameter_table
@@ -26,7 +31,6 @@ from megatron_cgn.hf.files import (
     write_side_files,
 )
 from megatron_cgn.hf.safetensors_io import (
-    MappedFile,
     ShardPlan,
     ShardWriter,
     plan_shards,
@@ -101,6 +105,7 @@ def _open(checkpoint: Path) -> tuple[Architecture, DistReader]:
             f"{checkpoint}: holds no {CHECKPOINT_FILE}; give a checkpoint directory, e.g. "
             "runs/…/checkpoints/step_0000100"
         )
+    read_info(checkpoint)
     architecture = read_architecture(checkpoint / HF_DIRECTORY)
     reader = DistReader(checkpoint / DIST_DIRECTORY)
     parameters = parameter_table(architecture)
@@ -129,20 +134,27 @@ class _Box:
 
     rows: slice
     columns: slice
-    file: MappedFile
+    file: Path
     start_byte: int
 
-    def view(self, rows: slice) -> Tensor:
-        """Some of the box's rows as bytes, uint8 ``[rows, column bytes]``."""
-        width = self.columns.stop - self.columns.start
-        offset = self.start_byte + (rows.start - self.rows.start) * width
-        return self.file.view(torch.uint8, (rows.stop - rows.start, width), offset=offset)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one of the box's rows."""
+        return int(self.columns.stop - self.columns.start)
 
-    def drop(self, rows: slice) -> None:
-        """Let go of the memory that backs rows which were viewed."""
-        width = self.columns.stop - self.columns.start
-        offset = self.start_byte + (rows.start - self.rows.start) * width
-        self.file.drop(offset=offset, num_bytes=(rows.stop - rows.start) * width)
+    def offset(self, row: int) -> int:
+        """Where a row begins in the file."""
+        return int(self.start_byte + (row - self.rows.start) * self.row_bytes)
+
+    def read(self, rows: slice) -> Tensor:
+        """Some of the box's rows as bytes, uint8 ``[rows, row bytes]``."""
+        result = torch.empty(rows.stop - rows.start, self.row_bytes, dtype=torch.uint8)
+        with self.file.open("rb") as opened:
+            opened.seek(self.offset(rows.start))
+            count = opened.readinto(memoryview(result.reshape(-1).numpy()))
+        if count != result.numel():
+            raise CheckpointError(f"{self.file}: ends too early; use another checkpoint")
+        return result
 
 
 class _TensorSource:
@@ -177,34 +189,40 @@ class _TensorSource:
         writer = ShardWriter(directory, plan)
         for name in plan.offsets:
             for parameter, piece in self._pieces[name]:
-                for row, data in self._blocks(parameter, piece, dtype):
-                    writer.write(name, data, start_byte=row * data[0].nbytes)
-                    progress(data.nbytes)
+                stored = self._stored[parameter.key].properties.dtype
+                row_bytes = stored.itemsize * (parameter.columns or 1)
+                num_rows = piece.rows.stop - piece.rows.start
+                for block in row_blocks(num_rows, row_bytes, block_bytes=BLOCK_BYTES):
+                    progress(self._write_block(writer, parameter, piece, block, dtype or stored))
         writer.close()
 
-    def _blocks(
-        self, parameter: Parameter, piece: Piece, dtype: torch.dtype | None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of one piece, each with its first row in the Hugging Face tensor.
-
-        A block is dropped from memory when the next one is asked for.
-        """
+    def _write_block(
+        self,
+        writer: ShardWriter,
+        parameter: Parameter,
+        piece: Piece,
+        block: slice,
+        dtype: torch.dtype,
+    ) -> int:
+        """Write a block of a piece's rows; how many bytes it were."""
         stored = self._stored[parameter.key].properties.dtype
         row_bytes = stored.itemsize * (parameter.columns or 1)
-        num_rows = piece.rows.stop - piece.rows.start
-        for block in row_blocks(num_rows, row_bytes, block_bytes=BLOCK_BYTES):
-            first = piece.local_rows.start
-            rows = slice(first + block.start, first + block.stop)
-            boxes = [
-                box for box in self._boxes[parameter.key, parameter.layer] if _meets(box, rows)
-            ]
-            data = _read(boxes, rows, row_bytes, parameter)
-            if dtype not in (None, stored):
-                # A copy, because bytes in a file need not be aligned for their type.
-                data = data.clone().view(stored).to(dtype)
-            yield piece.rows.start + block.start, data
-            for box in boxes:
-                box.drop(_common(box.rows, rows))
+        rows = slice(piece.local_rows.start + block.start, piece.local_rows.start + block.stop)
+        first = piece.rows.start + block.start
+        boxes = self._meeting(parameter, rows)
+        if dtype == stored and _is_whole(boxes, rows, row_bytes):
+            size = (rows.stop - rows.start) * row_bytes
+            place = {"offset": boxes[0].offset(rows.start), "start_byte": first * row_bytes}
+            writer.copy(piece.name, boxes[0].file, num_bytes=size, **place)
+            return int(size)
+        data = _assemble(boxes, rows, row_bytes, parameter).view(stored).to(dtype)
+        writer.write(piece.name, data, start_byte=first * data[0].nbytes)
+        return data.nbytes
+
+    def _meeting(self, parameter: Parameter, rows: slice) -> list[_Box]:
+        """The boxes that have some of a parameter's rows."""
+        boxes = self._boxes[parameter.key, parameter.layer]
+        return [b for b in boxes if b.rows.start < rows.stop and rows.start < b.rows.stop]
 
 
 def _boxes(chunk: Chunk, *, is_stacked: bool) -> Iterator[tuple[int | None, _Box]]:
@@ -226,28 +244,24 @@ def _boxes(chunk: Chunk, *, is_stacked: bool) -> Iterator[tuple[int | None, _Box
         yield (first + index if is_stacked else None), box
 
 
-def _common(a: slice, b: slice) -> slice:
-    return slice(max(a.start, b.start), min(a.stop, b.stop))
+def _is_whole(boxes: Sequence[_Box], rows: slice, row_bytes: int) -> bool:
+    """Whether the first box alone has all of these rows in one run of bytes."""
+    return (
+        len(boxes) == 1
+        and boxes[0].row_bytes == row_bytes
+        and boxes[0].rows.start <= rows.start
+        and rows.stop <= boxes[0].rows.stop
+    )
 
 
-def _meets(box: _Box, rows: slice) -> bool:
-    common = _common(box.rows, rows)
-    return bool(common.start < common.stop)
-
-
-def _read(boxes: Sequence[_Box], rows: slice, row_bytes: int, parameter: Parameter) -> Tensor:
-    """Rows of one parameter as bytes: a view if one box has them all, else put together."""
-    num_rows = rows.stop - rows.start
-    if len(boxes) == 1 and _common(boxes[0].rows, rows) == rows:
-        whole = boxes[0].view(rows)
-        if whole.shape[1] == row_bytes:
-            return whole
-    result = torch.empty(num_rows, row_bytes, dtype=torch.uint8)
+def _assemble(boxes: Sequence[_Box], rows: slice, row_bytes: int, parameter: Parameter) -> Tensor:
+    """Rows of one parameter put together from boxes, as bytes ``[rows, row bytes]``."""
+    result = torch.empty(rows.stop - rows.start, row_bytes, dtype=torch.uint8)
     missing = result.numel()
     for box in boxes:
-        common = _common(box.rows, rows)
-        target = result[common.start - rows.start : common.stop - rows.start, box.columns]
-        target.copy_(box.view(common))
+        low, high = max(box.rows.start, rows.start), min(box.rows.stop, rows.stop)
+        target = result[low - rows.start : high - rows.start, box.columns]
+        target.copy_(box.read(slice(low, high)))
         missing -= target.numel()
     if missing:
         raise CheckpointError(

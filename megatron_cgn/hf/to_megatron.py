@@ -34,7 +34,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cgn.errors import CheckpointError, ModelError
-from megatron_cgn.hf.checkpoint_layout import DIST_DIRECTORY, HF_DIRECTORY, write_checkpoint_json
+from megatron_cgn.hf.checkpoint_layout import (
+    DIST_DIRECTORY,
+    HF_DIRECTORY,
+    CheckpointInfo,
+    write_info,
+)
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, parameter_table
 from megatron_cgn.hf.files import (
@@ -51,7 +56,17 @@ from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.heads import padded_vocab_size
 
 _FILE_BYTES = 2**30
-"""Bytes of one ``.distcp`` file."""
+"""Bytes of one ``.distcp`` file, unless there would be too many."""
+_MAX_FILES = 256
+"""About as many ``.distcp`` files are written at most."""
+
+_PRECISIONS = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+"""Types as ``checkpoint.json`` names them, which is as training's configuration does."""
 
 _EXTRA_STATES = (
     "self_attention.core_attention",
@@ -100,12 +115,15 @@ def convert_to_megatron(
         copy_side_files(source, work / HF_DIRECTORY)
         (work / HF_DIRECTORY / "config.json").write_bytes((source / "config.json").read_bytes())
         _write_dist(work / DIST_DIRECTORY, planner)
-        write_checkpoint_json(
-            work,
+        info = CheckpointInfo(
+            step=0,
+            consumed_sequences=0,
+            has_optimizer=False,
             vocab_size=architecture.vocab_size,
             padded_vocab_size=padded,
-            dtype=str(planner.common_dtype).removeprefix("torch."),
+            dtype=_PRECISIONS[planner.common_dtype],
         )
+        write_info(work, info)
 
 
 def converted_bytes(source_dir: str | Path, *, make_vocab_size_divisible_by: int = 128) -> int:
@@ -216,10 +234,11 @@ class _StreamingPlanner(SavePlanner):
     def create_local_plans(self) -> list[SavePlan]:
         """Share the items out over files."""
         plans: list[SavePlan] = []
-        filled = _FILE_BYTES
+        file_bytes = max(_FILE_BYTES, self.num_bytes // _MAX_FILES)
+        filled = file_bytes
         for item in self._items:
             size = 0 if item.tensor_data is None else _num_bytes(item.tensor_data)
-            if filled + size > _FILE_BYTES:
+            if filled + size > file_bytes:
                 plans.append(SavePlan(items=[]))
                 filled = 0
             plans[-1].items.append(item)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_cgn.config.schema import ModelConfig, ParallelConfig
 from megatron_cgn.errors import ModelError
+from megatron_cgn.hf.checkpoint_layout import CheckpointInfo, write_info
 from megatron_cgn.hf.to_hf import convert_to_hf
 from megatron_cgn.hf.to_megatron import convert_to_megatron
 from megatron_cgn.testing import run_distributed, tiny_hf_model
@@ -225,8 +226,16 @@ def test_transformers_opens_the_export(root: Path, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_checkpoint_converts_to_the_same_bytes(root: Path, name: str) -> None:
     checkpoint = root / "trained" / name
-    (checkpoint / "checkpoint.json").write_text("{}")
     (checkpoint / "hf").symlink_to(root / "hf" / name)
+    info = CheckpointInfo(
+        step=1,
+        consumed_sequences=8,
+        has_optimizer=True,
+        vocab_size=1000,
+        padded_vocab_size=1024,
+        dtype="fp32",
+    )
+    write_info(checkpoint, info)
     convert_to_hf(checkpoint, root / "from-trained" / name)
     _assert_same(root / "from-trained" / name, root / "hf" / name)
 

@@ -1,5 +1,6 @@
 """The streaming conversion, both ways, and what it does when something is wrong."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf import to_hf, to_megatron
+from megatron_cgn.hf.checkpoint_layout import read_info
 from megatron_cgn.hf.dist_reader import DistReader
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory
 from megatron_cgn.hf.to_hf import convert_to_hf
@@ -76,16 +78,25 @@ def test_the_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     write_sample(tmp_path / "hf")
     convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt", make_vocab_size_divisible_by=50)
     fields = json.loads((tmp_path / "ckpt" / "checkpoint.json").read_text())
-    files = fields.pop("files")
+    files, digests = fields.pop("files"), fields.pop("digests")
     assert fields == {
         "format": 1,
         "step": 0,
+        "optimizer_steps": 0,
         "consumed_sequences": 0,
         "has_optimizer": False,
+        "has_master_weights": False,
+        "layout": {},
+        "fit": {},
         "vocab_size": 77,
         "padded_vocab_size": 100,
-        "dtype": "bfloat16",
+        "dtype": "bf16",
     }
+    for name, expected in digests.items():
+        assert hashlib.sha256((tmp_path / "ckpt" / name).read_bytes()).hexdigest() == expected
+    assert digests.keys() == {name for name in files if not name.endswith(".distcp")}
+    # Training reads it by the same function.
+    assert read_info(tmp_path / "ckpt").padded_vocab_size == 100
     found = {p for p in (tmp_path / "ckpt").rglob("*") if p.is_file()}
     assert {tmp_path / "ckpt" / name for name in files} == found - {
         tmp_path / "ckpt" / "checkpoint.json"
@@ -147,13 +158,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     whole = data.read_bytes()
 
     data.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: has \d+ bytes.*needs \d+"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has \d+ bytes, \d+ bytes were"):
         convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
     data.write_bytes(b"\0" * len(whole))
     with pytest.raises(CheckpointError, match="cannot be read"):
         convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
     (tmp_path / "ckpt" / "dist" / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"\.metadata: not the metadata"):
+    with pytest.raises(CheckpointError, match=r"dist/\.metadata is missing"):
         convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
     with pytest.raises(CheckpointError, match="holds no checkpoint.json"):
         convert_to_hf(tmp_path / "hf", tmp_path / "back")
@@ -165,11 +176,46 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
     config = tmp_path / "ckpt" / "hf" / "config.json"
     fields = json.loads(config.read_text())
+    content = json.loads((tmp_path / "ckpt" / "checkpoint.json").read_text())
+    (tmp_path / "ckpt" / "checkpoint.json").write_text(
+        json.dumps(content | {"files": {}, "digests": {}})
+    )
     config.write_text(json.dumps(fields | {"intermediate_size": 48}))
     with pytest.raises(CheckpointError, match=r"linear_fc1.weight' has shape \(3, 80, 24\).*96"):
         convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
     config.write_text(json.dumps(fields | {"model_type": "qwen3"}))
     with pytest.raises(CheckpointError, match=r"q_layernorm.weight' is missing"):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "checkpoint.json cannot be read"),
+        ("{}", "checkpoint.json cannot be read"),
+        ({"format": 99}, "format 99; this version reads 1"),
+        ({"vocab_size": "many"}, "checkpoint.json cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_does_not_say_what_it_is_is_refused(
+    tmp_path: Path, content: str | dict[str, Any], message: str
+) -> None:
+    write_sample(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    file = tmp_path / "ckpt" / "checkpoint.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content)
+    file.write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
+
+
+def test_a_changed_configuration_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    write_sample(tmp_path / "hf")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "ckpt")
+    config = tmp_path / "ckpt" / "hf" / "config.json"
+    config.write_text(config.read_text().replace("64", "65"))
+    with pytest.raises(CheckpointError, match="hf/config.json is not as it was written"):
         convert_to_hf(tmp_path / "ckpt", tmp_path / "back")
 
 
