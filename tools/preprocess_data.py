@@ -6,7 +6,7 @@ r"""Turn documents into an indexed dataset for training.
 writes ``data/domain.bin``, ``.idx`` (Megatron's format) and ``.json`` (which tokenizer made them,
 from what). Inputs: JSONL, plain or compressed with gzip or zstd; Parquet; a directory saved by
 Hugging Face `datasets`. The output does not depend on ``--workers``. While it runs,
-``data/.domain.lock`` keeps other runs from the same prefix; one that a killed run left stops nobody.
+``data/.domain.lock`` keeps other runs from the same prefix; a killed run's stops nobody.
 """
 
 import argparse
