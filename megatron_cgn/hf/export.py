@@ -1,9 +1,9 @@
 """Write a Megatron model as a Hugging Face directory, tensor by tensor.
 
-Each pipeline stage's first tensor-parallel rank gathers one parameter at a time, takes it apart
-into Hugging Face tensors and puts those at their planned places in the stage's own files. So no
-rank ever holds more than its own share and one parameter. A model that fits one file is written
-by the first stage, to which the others send.
+Each pipeline stage's first tensor-parallel rank receives one share of a parameter at a time,
+takes it apart into Hugging Face tensors in main memory and puts those at their planned places in
+the stage's own files. So no device holds more than its own share and another rank's. A model
+that fits one file is written by the first stage, to which the others send.
 """
 
 import contextlib
@@ -66,11 +66,11 @@ def export_weights(
     dtype: ExportDtype = "auto",
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
 ) -> None:
-    """Write a Hugging Face directory. Collective over tp and pp; every rank may call.
+    """Write a Hugging Face directory. Collective over all ranks.
 
-    Only ranks 0 of the data- and context-parallel groups take part; the others return at once.
-    The directory appears when it is complete; one that exists is replaced only then. All files
-    are written to one file system that every pipeline stage sees.
+    Only ranks 0 of the data- and context-parallel groups take part; the others wait to hear how
+    it ended. The directory appears when it is complete; one that exists is replaced only then.
+    All files are written to one file system that every pipeline stage sees.
 
     Args:
         model_chunks: This rank's ``GPTModel`` chunks, possibly wrapped.
@@ -85,8 +85,36 @@ def export_weights(
     Raises:
         ModelError: On every rank alike, if the source cannot be read or the disk refuses.
     """
-    if groups.dp_cp.rank() != 0:
-        return
+    fault: list[str | None] = [None]
+    if groups.dp_cp.rank() == 0:
+        try:
+            _export(
+                model_chunks,
+                out_dir,
+                architecture=architecture,
+                source_dir=source_dir,
+                groups=groups,
+                dtype=dtype,
+                max_shard_bytes=max_shard_bytes,
+            )
+        except ModelError as error:
+            fault = [str(error)]
+    dist.broadcast_object_list(fault, group=groups.dp_cp, group_src=0)
+    if fault[0] is not None:
+        raise ModelError(fault[0])
+
+
+def _export(
+    model_chunks: Sequence[nn.Module],
+    out_dir: str | Path,
+    *,
+    architecture: Architecture,
+    source_dir: str | Path,
+    groups: ProcessGroupCollection,
+    dtype: ExportDtype,
+    max_shard_bytes: int,
+) -> None:
+    """Do what `export_weights` says. Collective over tp and pp."""
     target, source, first = Path(out_dir), Path(source_dir), groups.mp.rank() == 0
     config: dict[str, Any] = {}
     with _collected_faults(target) as faults:
@@ -108,8 +136,9 @@ def export_weights(
         assert shared is not None
         writer = _StageWriter(shared, stages, plans, groups)
         for parameter, weight in parameters:
-            if shares := _gather(weight, groups.tp):
-                writer.take(_hf_tensors(parameter, shares))
+            tensors = _hf_tensors(parameter, weight, groups.tp)
+            if groups.tp.rank() == 0:
+                writer.take(tensors, weight.device)
         with _collected_faults(target) as faults:
             writer.finish()
         _agree(groups, faults)
@@ -199,30 +228,47 @@ def _agree(
     return path
 
 
-def _gather(weight: Tensor, tp: dist.ProcessGroup) -> list[Tensor]:
-    """Every tensor-parallel rank's share, on rank 0; nothing elsewhere. Collective over tp."""
+def _shares(weight: Tensor, tp: dist.ProcessGroup) -> Iterator[Tensor]:
+    """Every tensor-parallel rank's share in turn, on rank 0; nothing elsewhere.
+
+    Collective over tp. One share at a time is on the device besides the rank's own, because the
+    optimizer's state is there too.
+    """
     local = weight.detach().contiguous()
-    if tp.size() == 1:
-        return [local]
-    shares = [torch.empty_like(local) for _ in range(tp.size())] if tp.rank() == 0 else None
-    dist.gather(local, shares, group=tp, group_dst=0)
-    return shares or []
+    if tp.rank() > 0:
+        dist.send(local, group=tp, group_dst=0)
+        return
+    yield local.cpu()
+    share = torch.empty_like(local) if tp.size() > 1 else local
+    for rank in range(1, tp.size()):
+        dist.recv(share, group=tp, group_src=rank)
+        yield share.cpu()
 
 
-def _hf_tensors(parameter: Parameter, shares: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Take one gathered parameter apart into Hugging Face tensors, on its device."""
+def _hf_tensors(parameter: Parameter, weight: Tensor, tp: dist.ProcessGroup) -> dict[str, Tensor]:
+    """Take one parameter apart into Hugging Face tensors in main memory, on rank 0.
+
+    Collective over tp.
+
+    Returns:
+        The tensors by name; unset on the other ranks.
+    """
+    result: dict[str, Tensor] = {}
     if parameter.tp_dim is None:
-        shares = shares[:1]
-    result = {name: shares[0].new_empty(shape) for name, shape in parameter.hf_shapes().items()}
-    for tp_rank, share in enumerate(shares):
-        pieces = parameter.pieces(
-            tp_rank=tp_rank, tp_size=len(shares), padded_vocab_size=share.shape[0] * len(shares)
-        )
+        if tp.rank() == 0:
+            (name,) = parameter.hf_names()
+            result[name] = weight.detach().cpu()
+        return result
+    padded = weight.shape[0] * tp.size()
+    for tp_rank, share in enumerate(_shares(weight, tp)):
+        for name, shape in parameter.hf_shapes().items():
+            result.setdefault(name, share.new_empty(shape))
+        pieces = parameter.pieces(tp_rank=tp_rank, tp_size=tp.size(), padded_vocab_size=padded)
         for piece in pieces:
             rows = result[piece.name][piece.rows]
             rows = rows if piece.columns is None else rows[:, piece.columns]
             rows.copy_(share[piece.local_rows])
-    yield from result.items()
+    return result
 
 
 class _StageWriter:
@@ -249,16 +295,15 @@ class _StageWriter:
         self._device = torch.device("cpu")
         self._fault: OSError | None = None
 
-    def take(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Write or send this stage's tensors."""
+    def take(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Write or send some of this stage's tensors, through `device` if they are sent."""
+        self._device = device
         types = self._stages[self._pp.rank()]
-        for name, tensor in tensors:
-            self._device = tensor.device
-            tensor = tensor.to(types[name][0])
+        for name, tensor in tensors.items():
             if self._sends:
-                dist.send(tensor, group=self._pp, group_dst=0)
+                dist.send(tensor.to(device, types[name][0]), group=self._pp, group_dst=0)
             else:
-                self._write(name, tensor)
+                self._write(name, tensor.to(types[name][0]))
 
     def finish(self) -> None:
         """Receive what other stages send, and close the files.

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"family": "qwen3"},
 }
 NUM_PROCESSES = 4
+SECOND_NUM_PROCESSES = 2
 
 
 def _build(architecture: Any, state: Any, *, virtual_size: int | None, multiple: int) -> list[Any]:
@@ -129,6 +130,35 @@ def _untied_is_refused(state: Any, root: Path) -> list[str]:
     except ModelError as error:
         return [] if "differs from the embedding" in str(error) else [str(error)]
     return ["an output layer that is not tied went unnoticed"]
+
+
+def _replicas(root: str) -> list[str]:
+    """Two data-parallel ranks, of which the first alone exports: return both ranks' errors."""
+    from megatron_cgn.hf.config import read_architecture
+    from megatron_cgn.hf.export import export_weights
+    from megatron_cgn.hf.load import load_weights
+    from megatron_cgn.parallel.state import initialize_parallel
+
+    state = initialize_parallel(ParallelConfig())
+    source = Path(root) / "hf" / "llama"
+    architecture = read_architecture(source)
+    chunks = _build(architecture, state, virtual_size=None, multiple=16)
+    load_weights(chunks, source, architecture=architecture, groups=state.groups)
+    messages = []
+    for where, out in (("gone", "refused"), ("hf/llama", "file"), ("hf/llama", "replicas")):
+        try:
+            export_weights(
+                chunks,
+                Path(root) / out,
+                architecture=architecture,
+                source_dir=Path(root) / where,
+                groups=state.groups,
+            )
+            # The directory is there for every rank when the call returns.
+            messages.append(str((Path(root) / out / "config.json").exists()))
+        except ModelError as error:
+            messages.append(str(error))
+    return messages
 
 
 def _disk_refuses(state: Any, root: Path, name: str) -> list[str]:
@@ -238,6 +268,17 @@ def test_a_training_checkpoint_converts_to_the_same_bytes(root: Path, name: str)
     write_info(checkpoint, info)
     convert_to_hf(checkpoint, root / "from-trained" / name)
     _assert_same(root / "from-trained" / name, root / "hf" / name)
+
+
+def test_replicas_hear_how_the_export_ended(tmp_path: Path) -> None:
+    tiny_hf_model(tmp_path / "hf" / "llama")
+    (tmp_path / "file").touch()
+    first, second = run_distributed(_replicas, SECOND_NUM_PROCESSES, str(tmp_path))
+    assert first == second
+    assert "gone: no such directory" in first[0]
+    assert "file: exists and is not a directory" in first[1]
+    assert first[2] == "True"
+    _assert_same(tmp_path / "replicas", tmp_path / "hf" / "llama")
 
 
 def test_nothing_half_written_is_left(root: Path) -> None:
