@@ -1,8 +1,9 @@
-"""Read tensors out of Megatron's ``torch_dist`` directories without loading their chunks.
+"""Find tensors in Megatron's ``torch_dist`` directories without loading their chunks.
 
 A chunk is an archive as ``torch.save`` writes it, at some place of a ``.distcp`` file. Its tensor
-lies in it uncompressed, so it can be viewed in the mapped file. Loading it would take memory for
-a whole chunk, which is an unsharded embedding in a checkpoint of one process.
+lies in it uncompressed, so its bytes can be read in portions, or copied within the kernel.
+Loading it would take memory for a whole chunk, which is an unsharded embedding in a checkpoint of
+one process.
 """
 
 import io
@@ -12,9 +13,9 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -24,16 +25,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_cgn.errors import CheckpointError
-from megatron_cgn.hf.safetensors_io import MappedFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A stored box of a tensor: its place in the tensor, and its bytes."""
+    """A stored box of a tensor: its place in the tensor, and where its bytes are."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    file: MappedFile
+    file: Path
     start_byte: int
     dtype: torch.dtype
 
@@ -67,7 +67,6 @@ class DistReader:
             for key, value in metadata.state_dict_metadata.items()
             if isinstance(value, TensorStorageMetadata)
         }
-        self._files: dict[str, MappedFile] = {}
 
     def check_files(self, keys: Sequence[str]) -> None:
         """Refuse files that are missing or shorter than the metadata says.
@@ -94,18 +93,20 @@ class DistReader:
                 )
 
     def chunks(self, key: str) -> Iterator[Chunk]:
-        """The chunks of a tensor, ready to be viewed."""
+        """The chunks of a tensor, found in their files."""
         stored = self.tensors[key]
         for chunk in stored.chunks:
             place = self._place(key, chunk)
-            file = self._file(place.relative_path)
+            file = self.directory / place.relative_path
             size = math.prod(chunk.sizes) * stored.properties.dtype.itemsize
-            archive = _View(file.view(torch.uint8, (place.length,), offset=place.offset))
+            with file.open("rb") as opened:
+                archive = _View(opened, place.offset, place.length)
+                start = self._data_offset(archive, key, size)
             yield Chunk(
                 offsets=tuple(chunk.offsets),
                 sizes=tuple(chunk.sizes),
                 file=file,
-                start_byte=place.offset + self._data_offset(archive, key, size),
+                start_byte=place.offset + start,
                 dtype=stored.properties.dtype,
             )
 
@@ -131,11 +132,6 @@ class DistReader:
         place: _Place = self._places[MetadataIndex(key, chunk.offsets)]
         return place
 
-    def _file(self, name: str) -> MappedFile:
-        if name not in self._files:
-            self._files[name] = MappedFile(self.directory / name)
-        return self._files[name]
-
 
 class _Place:
     """What a file system checkpoint says of a chunk (for type checking only)."""
@@ -146,10 +142,10 @@ class _Place:
 
 
 class _View(io.RawIOBase):
-    """A read-only file over bytes in memory, without copying them."""
+    """A part of an open file as a file of its own."""
 
-    def __init__(self, data: Tensor) -> None:
-        self._bytes = memoryview(data.numpy())
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
         self._position = 0
 
     def seekable(self) -> bool:
@@ -159,7 +155,7 @@ class _View(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._bytes)}
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}
         if base[whence] + offset < 0:
             raise ValueError(f"seek to {base[whence] + offset}")
         self._position = base[whence] + offset
@@ -169,7 +165,8 @@ class _View(io.RawIOBase):
         return self._position
 
     def read(self, size: int = -1, /) -> bytes:
-        stop = len(self._bytes) if size < 0 else self._position + size
-        data = bytes(self._bytes[self._position : stop])
+        left = max(0, self._length - self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(left if size < 0 else min(size, left))
         self._position += len(data)
         return data

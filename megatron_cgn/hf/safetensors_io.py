@@ -6,6 +6,7 @@ A writer knows its whole layout beforehand and puts tensors at their places in a
 The format: 8 bytes of header length, a JSON header, then the tensors' bytes one after another.
 """
 
+import errno
 import json
 import math
 import mmap
@@ -37,6 +38,7 @@ type TensorTypes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Types and shapes of tensors, by name."""
 
 _MAX_HEADER_BYTES = 100_000_000
+_COPY_BYTES = 2**24
 _MAP_NORESERVE = 0x4000
 """Linux's flag; the module `mmap` names it only from Python 3.13 on."""
 
@@ -316,8 +318,46 @@ class ShardWriter:
         self._file.seek(self._plan.offsets[name] + start_byte)
         self._file.write(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
 
+    def copy(
+        self, name: str, source: Path, *, offset: int, num_bytes: int, start_byte: int = 0
+    ) -> None:
+        """Copy bytes of another file to a tensor's place, within the kernel if it can.
+
+        Args:
+            name: Planned tensor.
+            source: File to read.
+            offset: Where in it the bytes begin.
+            num_bytes: How many.
+            start_byte: Where in the planned tensor they shall begin.
+        """
+        position = self._plan.offsets[name] + start_byte
+        with source.open("rb", buffering=0) as opened:
+            done = 0
+            while done < num_bytes:
+                count = _copy_some(
+                    opened.fileno(),
+                    self._file.fileno(),
+                    min(num_bytes - done, _COPY_BYTES),
+                    offset + done,
+                    position + done,
+                )
+                if not count:
+                    raise OSError(errno.EIO, "ends too early", str(source))
+                done += count
+
     def close(self) -> None:
         """Flush to the disk and close."""
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
+
+
+def _copy_some(source: int, target: int, count: int, from_byte: int, to_byte: int) -> int:
+    """Copy up to `count` bytes between open files; how many it were."""
+    try:
+        return os.copy_file_range(source, target, count, from_byte, to_byte)
+    except OSError as error:
+        # Not every file system and pair of file systems can.
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return os.pwrite(target, os.pread(source, count, from_byte), to_byte)
