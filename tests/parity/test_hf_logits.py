@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_cgn.config.schema import ModelConfig, ParallelConfig
+from megatron_cgn.hf.to_megatron import convert_to_megatron
 from megatron_cgn.testing import HF_LOGITS_ATOL, run_distributed, tiny_hf_model
 
 LLAMA3_ROPE = {
@@ -32,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"family": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"family": "qwen3"},
 }
+CONVERTED = "qwen2"
+"""The case that is also converted: a fused bias and a tied embedding."""
 NUM_TOKENS = 200
 
 
@@ -39,11 +42,15 @@ def _tokens() -> torch.Tensor:
     return torch.randint(0, 1000, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(5))
 
 
-def _logits(root: str, names: list[str]) -> list[Any]:
+def _logits(root: str, names: list[str], converted: str) -> list[Any]:
     """The engine's logits for every case, in one process, as NumPy arrays.
+
+    The last ones are those of a converted checkpoint, read by Megatron's own loader.
 
     A tensor would travel by a file descriptor that ends with its process.
     """
+    from megatron.core import dist_checkpointing
+
     from megatron_cgn.hf.config import read_architecture
     from megatron_cgn.hf.load import load_weights
     from megatron_cgn.model.build import build_model, transformer_config
@@ -52,8 +59,8 @@ def _logits(root: str, names: list[str]) -> list[Any]:
     parallel = ParallelConfig()
     groups = initialize_parallel(parallel).groups
     results = []
-    for name in names:
-        directory = Path(root) / name
+    for name in [*names, converted]:
+        directory = Path(root) / name / "hf" if name == converted else Path(root) / name
         architecture = read_architecture(directory)
         config = transformer_config(
             architecture, parallel=parallel, model=ModelConfig(backend="native"), precision="fp32"
@@ -66,8 +73,16 @@ def _logits(root: str, names: list[str]) -> list[Any]:
             make_vocab_size_divisible_by=128,
             backend="native",
         )
-        load_weights(chunks, directory, architecture=architecture, groups=groups)
         (model,) = chunks
+        if name == converted:
+            for parameter in model.parameters():
+                parameter.data.fill_(float("nan"))
+            state = dist_checkpointing.load(
+                model.sharded_state_dict(), str(Path(root) / name / "dist")
+            )
+            model.load_state_dict(state, strict=False)
+        else:
+            load_weights(chunks, directory, architecture=architecture, groups=groups)
         model.eval()
         tokens = _tokens()
         positions = torch.arange(NUM_TOKENS).expand_as(tokens)
@@ -83,16 +98,19 @@ def logits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any
     root = tmp_path_factory.mktemp("logits")
     for name, fields in CASES.items():
         tiny_hf_model(root / name, **fields)
-    (ours,) = run_distributed(_logits, 1, str(root), list(CASES))
+    convert_to_megatron(root / CONVERTED, root / "converted")
+    (ours,) = run_distributed(_logits, 1, str(root), list(CASES), "converted")
     theirs = []
     for name in CASES:
         model = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32)
         with torch.no_grad():
             theirs.append(model.eval()(_tokens()).logits)
-    return {name: (torch.from_numpy(a), b) for name, a, b in zip(CASES, ours, theirs, strict=True)}
+    theirs.append(theirs[list(CASES).index(CONVERTED)])
+    names = [*CASES, "converted"]
+    return {name: (torch.from_numpy(a), b) for name, a, b in zip(names, ours, theirs, strict=True)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "converted"])
 def test_logits_equal_those_of_transformers(
     logits: dict[str, tuple[torch.Tensor, torch.Tensor]], name: str
 ) -> None:
