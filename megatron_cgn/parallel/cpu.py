@@ -71,14 +71,16 @@ def _keep_freed_memory() -> None:
     """Ask glibc to keep freed memory instead of returning it to the kernel.
 
     Activations are freed and allocated again every step. Fresh pages are zeroed by the kernel at
-    a tenth of the speed of memory already mapped, which is the largest cost of a CPU step.
+    a tenth of the speed of memory already mapped, which is the largest cost of a CPU step. Blocks
+    above 32 MiB, such as logits, are still returned: kept, they would fragment the heap to
+    half as much memory again.
     """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl, macOS: nothing to tune
         return
-    mallopt(m_mmap_max, 0)
+    mallopt(m_mmap_threshold, 32 * 1024 * 1024)
     mallopt(m_trim_threshold, -1)
     mallopt(m_top_pad, 256 * 1024 * 1024)
 
