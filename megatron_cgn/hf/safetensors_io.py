@@ -65,15 +65,15 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            # Private and without reserve: a mapping larger than the memory must not be refused,
-            # and torch wants a writable buffer.
-            self._map = mmap.mmap(
-                file.fileno(),
-                0,
-                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+        self._file = path.open("rb")
+        # Private and without reserve: a mapping larger than the memory must not be refused, and
+        # torch wants a writable buffer.
+        self._map = mmap.mmap(
+            self._file.fileno(),
+            0,
+            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
         self._map.madvise(mmap.MADV_SEQUENTIAL)
 
     def view(self, dtype: torch.dtype, shape: Sequence[int], *, offset: int) -> Tensor:
@@ -83,12 +83,21 @@ class MappedFile:
             return torch.empty(tuple(shape), dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(*shape)
 
-    def drop(self, *, offset: int, num_bytes: int) -> None:
-        """Let go of the memory that backs a range; whole pages inside it only."""
+    def drop(self, *, offset: int, num_bytes: int, for_all: bool) -> None:
+        """Let go of the memory that backs a range; whole pages inside it only.
+
+        Args:
+            offset: Start of the range.
+            num_bytes: Its length.
+            for_all: Also out of the page cache, where other processes would find it.
+        """
         first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (offset + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+            if for_all:
+                descriptor = self._file.fileno()
+                os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
 
 
 class SafetensorsDirectory:
@@ -127,17 +136,34 @@ class SafetensorsDirectory:
             place.dtype, (count, *place.shape[1:]), offset=_row_offset(place, rows.start)
         )
 
-    def drop(self, name: str, rows: slice) -> None:
-        """Let go of the memory that backs rows which were viewed."""
+    def drop(self, name: str, rows: slice, *, for_all: bool = False) -> None:
+        """Let go of the memory that backs rows which were viewed.
+
+        Args:
+            name: The tensor.
+            rows: The rows.
+            for_all: Also out of the page cache. Only a program that streams through more than
+                fits does well to: other ranks on this machine may be about to read the rows.
+        """
         place = self.places[name]
         start = _row_offset(place, rows.start)
         stop = _row_offset(place, rows.stop)
-        self._file(place).drop(offset=start, num_bytes=stop - start)
+        self._file(place).drop(offset=start, num_bytes=stop - start, for_all=for_all)
 
     def _file(self, place: TensorPlace) -> MappedFile:
         if place.file not in self._mapped:
             self._mapped[place.file] = MappedFile(place.file)
         return self._mapped[place.file]
+
+
+def forget_file(path: Path) -> None:
+    """Let a file that was made durable out of the page cache.
+
+    Who streams through more than fits frees what is done with, or the kernel has to search for
+    memory to reclaim while the next bytes wait.
+    """
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def row_blocks(num_rows: int, row_bytes: int, *, block_bytes: int) -> Iterator[slice]:
@@ -344,6 +370,8 @@ class ShardWriter:
                 if not count:
                     raise OSError(errno.EIO, "ends too early", str(source))
                 done += count
+            # Copied once, not needed again: better free than for the kernel to reclaim.
+            os.posix_fadvise(opened.fileno(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Flush to the disk and close."""

@@ -33,6 +33,7 @@ from megatron_cgn.hf.files import (
 from megatron_cgn.hf.safetensors_io import (
     ShardPlan,
     ShardWriter,
+    forget_file,
     plan_shards,
     row_blocks,
 )
@@ -195,6 +196,7 @@ class _TensorSource:
                 for block in row_blocks(num_rows, row_bytes, block_bytes=BLOCK_BYTES):
                     progress(self._write_block(writer, parameter, piece, block, dtype or stored))
         writer.close()
+        forget_file(directory / plan.file_name)
 
     def _write_block(
         self,

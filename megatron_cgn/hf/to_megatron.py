@@ -49,7 +49,7 @@ from megatron_cgn.hf.files import (
     new_directory,
     write_json,
 )
-from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
+from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, forget_file, row_blocks
 from megatron_cgn.hf.streaming import BLOCK_BYTES, Progress, run_in_threads
 from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
@@ -181,13 +181,15 @@ def _write_file(
     # option is this thread's own, and the thread ends with the conversion.
     torch.serialization.set_crc32_options(False)
     try:
-        return writer.write_data(plan, planner).wait()
+        results = writer.write_data(plan, planner).wait()
     except RuntimeError as error:
         # PyTorch's archive writer complains of the cut archive while it handles the disk's fault.
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         raise cause or error from error
+    forget_file(Path(writer.path) / results[0].storage_data.relative_path)
+    return results
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,7 +267,7 @@ class _StreamingPlanner(SavePlanner):
         """Let go of the pages of this thread's previous block, which is written by now."""
         last: _Block | None = getattr(self._last, "block", None)
         for name, rows in last.sources if last is not None else ():
-            self._weights.drop(name, rows)
+            self._weights.drop(name, rows, for_all=True)
 
     def _tensor_items(self) -> Iterator[WriteItem]:
         first_names: dict[str, str] = {}
