@@ -50,7 +50,9 @@ def main() -> int:
     model, output_dir = args.model.resolve(), args.output_dir.resolve()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from megatron_cgn.errors import UserError
+    from megatron_cgn.quiet import quiet_dependencies
 
+    quiet_dependencies()
     start = time.perf_counter()
     try:
         _make_room(output_dir, model)
