@@ -201,8 +201,3 @@ def shutdown_parallel() -> None:
         mpu.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait for every rank. Collective over all ranks."""
-    dist.barrier()
