@@ -21,7 +21,7 @@ STAMP = VENV / ".installed"
 # There while .venv is being made: what an interrupted run left may be cleared. Outside .venv,
 # because making .venv clears it.
 UNFINISHED = ROOT / ".cache" / "venv.unfinished"
-EXTRAS = "dev,demo"
+EXTRAS = "dev,demo,corpus,fast"
 # What decides the contents of .venv.
 INPUTS = ("pyproject.toml", "setup.py", "constraints.txt", "tools/setup_venv.py")
 # Its declared dependencies would be compiled for many minutes and are not used: see [demo] in
