@@ -1,0 +1,1 @@
+"""Raw documents to a corpus: before tokenisation, without PyTorch."""
