@@ -3,8 +3,32 @@
 Every step has a group of its own, and can be turned off. Rules live in each group's ``faults``.
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadConfig:
+    """What is taken out of the raw files."""
+
+    field: str = "text"
+    """Name of the text's field in JSON Lines and Parquet."""
+    max_bad: float = 0.01
+    """Lines and files that may be unreadable before the run stops: a share of all where below 1,
+    else their number."""
+
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        if not self.field:
+            yield "read.field: is empty; give the name of the field that holds the text."
+        # Also refuses what is no number.
+        if not self.max_bad >= 0:
+            yield (
+                f"read.max_bad: {self.max_bad}; must be at least 0: a share below 1, or a number "
+                "of lines and files."
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +38,10 @@ class CleanConfig:
     enabled: bool = True
     """Whether to clean."""
 
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        yield from ()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeduplicateConfig:
@@ -21,6 +49,10 @@ class DeduplicateConfig:
 
     enabled: bool = True
     """Whether to deduplicate."""
+
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        yield from ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +62,10 @@ class RedactConfig:
     enabled: bool = True
     """Whether to redact."""
 
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        yield from ()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecontaminateConfig:
@@ -38,24 +74,68 @@ class DecontaminateConfig:
     evaluation_files: tuple[str, ...] = ()
     """Files whose content must not be trained on; none turns the step off."""
 
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        yield from ()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitConfig:
     """Held-out documents."""
 
     validation_fraction: float = 0.01
-    """Share of the documents held out, decided by the hash of each document's id."""
+    """Share of the documents held out, decided by the hash of each document's group."""
+    group_by: str = r"^(.*)#[^#]*$"
+    """Regular expression on a document's id: documents for which its first group matches the same
+    text are held out together; an id that it does not match is a group of its own. The default
+    keeps the sections of a file (``a.rst#1``, ``a.rst#2``) together. Lines without an id of their
+    own are called ``<file>#<line>``: they are not sections, and each is a group of its own."""
+
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        if not 0 <= self.validation_fraction < 1:
+            yield (
+                f"split.validation_fraction: {self.validation_fraction}; must be at least 0 and "
+                "below 1."
+            )
+        try:
+            groups = re.compile(self.group_by).groups
+        except re.error as error:
+            yield f"split.group_by: {self.group_by!r} is no regular expression ({error})."
+            return
+        if self.group_by and groups < 1:
+            yield (
+                f"split.group_by: {self.group_by!r} has no group; put what names the group into "
+                "parentheses, as in '^(.*)#'."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteConfig:
+    """What is written."""
+
+    format: Literal["jsonl.zst", "parquet"] = "jsonl.zst"
+    """Kind of the shards."""
+    shard_mib: int = 256
+    """Size at which a shard ends, in MiB before compression."""
+
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
+        if self.shard_mib < 1:
+            yield f"write.shard_mib: {self.shard_mib}; must be at least 1."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusConfig:
     """Everything that decides what ``prepare_corpus.py`` makes of its input."""
 
+    read: ReadConfig = field(default_factory=ReadConfig)
     clean: CleanConfig = field(default_factory=CleanConfig)
     deduplicate: DeduplicateConfig = field(default_factory=DeduplicateConfig)
     redact: RedactConfig = field(default_factory=RedactConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    write: WriteConfig = field(default_factory=WriteConfig)
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with the settings, whatever the input.
@@ -63,8 +143,5 @@ class CorpusConfig:
         Yields:
             A message a fault: path, value, limit and remedy.
         """
-        if not 0 <= self.split.validation_fraction < 1:
-            yield (
-                f"split.validation_fraction: {self.split.validation_fraction}; must be at least 0 "
-                "and below 1."
-            )
+        for step in fields(self):
+            yield from getattr(self, step.name).faults()
