@@ -45,10 +45,46 @@ class CleanConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeduplicateConfig:
-    """Equal and nearly equal documents."""
+    """Equal and nearly equal documents; ``docs/deduplication.md`` has the figures behind these."""
 
     enabled: bool = True
     """Whether to deduplicate."""
+    near: bool = True
+    """Whether to drop nearly equal documents too, or only equal ones."""
+    similarity_threshold: float = 0.8
+    """Least Jaccard similarity of near-duplicates' n-grams, above 0 and at most 1."""
+    ngram_tokens: int = 5
+    """Tokens in an n-gram: Chinese characters, and words or numbers of other scripts."""
+    number_weight: int = 20
+    """How many n-grams a number, date or equipment tag counts as, so that records of one form with
+    other values are no near-duplicates; 0: numbers count like words."""
+    num_permutations: int = 128
+    """Places of a signature, of 4 bytes each: more estimate the similarity better."""
+    seed: int = 0
+    """Seed of the signatures' hash functions."""
+    prior: tuple[str, ...] = ()
+    """Directories of signatures that earlier runs kept; what is in them is dropped here."""
+
+    def faults(self) -> Iterator[str]:
+        """Find what is wrong with the settings.
+
+        Yields:
+            A message a fault: path, value, limit and remedy.
+        """
+        if not 0 < self.similarity_threshold <= 1:
+            yield (
+                f"deduplicate.similarity_threshold: {self.similarity_threshold}; must be above 0 "
+                "and at most 1; set deduplicate.near=false for equal documents only."
+            )
+        for name, low, high in (
+            ("ngram_tokens", 1, 32),
+            ("number_weight", 0, 1000),
+            ("num_permutations", 16, 1024),
+            ("seed", 0, 2**32 - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                yield f"deduplicate.{name}: {value}; must be from {low} to {high}."
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
