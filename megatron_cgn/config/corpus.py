@@ -66,11 +66,7 @@ class DeduplicateConfig:
     """Directories of signatures that earlier runs kept; what is in them is dropped here."""
 
     def faults(self) -> Iterator[str]:
-        """Find what is wrong with the settings.
-
-        Yields:
-            A message a fault: path, value, limit and remedy.
-        """
+        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
         if not 0 < self.similarity_threshold <= 1:
             yield (
                 f"deduplicate.similarity_threshold: {self.similarity_threshold}; must be above 0 "
@@ -85,10 +81,6 @@ class DeduplicateConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 yield f"deduplicate.{name}: {value}; must be from {low} to {high}."
-
-    def faults(self) -> Iterator[str]:
-        """Find what is wrong with these settings; see `CorpusConfig.faults`."""
-        yield from ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
