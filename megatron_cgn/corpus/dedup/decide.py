@@ -1,0 +1,254 @@
+"""What each document is: kept, or a duplicate of which other.
+
+A document is dropped if, and only if, it is a duplicate of an earlier document that is kept. The
+order is that of the parts handed over: signatures of earlier runs, then sources by priority, then
+position. What comes out depends on nothing else: not on the parts' boundaries nor on memory.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cgn.config.corpus import DeduplicateConfig
+from megatron_cgn.corpus.dedup.lsh import (
+    NO_EDGES,
+    Edges,
+    Flags,
+    Indices,
+    Rows,
+    banding,
+    compare_bucket_mates,
+    signed,
+    sorted_bands,
+)
+from megatron_cgn.corpus.dedup.signature import Signatures
+
+logger = logging.getLogger(__name__)
+
+# Different documents of one bucket that the others are compared with; what it costs is documented.
+_MAX_LEADERS: Final = 32
+_MAX_PASSES: Final = 16
+_EDGES_AT_ONCE: Final = 1 << 20
+
+
+class Kind(IntEnum):
+    """What a document is. The names in reports are those of ``reason``."""
+
+    KEPT = 0
+    EXACT = 1
+    NEAR = 2
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is dropped, as reports say it; None if it is kept."""
+        return {Kind.EXACT: "duplicate/exact", Kind.NEAR: "duplicate/near"}.get(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What each of N documents is; those of earlier runs are not among them."""
+
+    kinds: npt.NDArray[np.uint8]
+    """`[N]`: a `Kind`."""
+    of: Indices
+    """`[N]`: index of the kept document it duplicates; itself if kept. Documents of earlier runs
+    have negative indices: -P is the first of P, -1 the last."""
+    similarity: npt.NDArray[np.float32]
+    """`[N]`: estimated Jaccard similarity with that one; 1 for kept and equal ones."""
+    unfinished: int = 0
+    """Documents of crowded buckets not compared with every other there, summed over bands."""
+
+
+def find_duplicates(
+    parts: Sequence[Signatures],
+    settings: DeduplicateConfig,
+    *,
+    prior: Sequence[Signatures] = (),
+    memory_bytes: int = 2**30,
+) -> Decisions:
+    """Decide on every document.
+
+    Args:
+        parts: Signatures in order of priority, N documents in all, fewer than 2^32 with those of
+            earlier runs; mapped from files, they are read a block at a time.
+        settings: Those of the step; the same that signed.
+        prior: Signatures of documents that earlier runs kept: always kept.
+        memory_bytes: For the keys of bands. In all about 130 bytes a document more are in use.
+
+    Returns:
+        The decisions, in order.
+    """
+    everything = [part for part in (*prior, *parts) if len(part)]
+    num_prior = sum(map(len, prior))
+    first = _first_equal(everything)
+    total = len(first)
+    assert total < 2**32, f"{total} documents: indices have 32 bits"
+    chosen, similarity, unfinished = first, np.ones(total, dtype=np.float32), 0
+    near = np.zeros(total, dtype=np.bool_)
+    if settings.near and total:
+        chosen, similarity, unfinished = _near(
+            Rows(everything), first, num_prior, settings, memory_bytes
+        )
+        near = chosen != first
+    kinds = np.zeros(total, dtype=np.uint8)
+    kinds[first != np.arange(total)] = Kind.EXACT
+    kinds[near] = Kind.NEAR
+    here = slice(num_prior, None)
+    return Decisions(kinds[here], chosen[here] - num_prior, similarity[here], unfinished)
+
+
+def _first_equal(parts: Sequence[Signatures]) -> Indices:
+    """Index of the first document with the same hash, for each."""
+    if not parts:
+        return np.zeros(0, dtype=np.int64)
+    hashes = np.concatenate([part.hashes for part in parts])
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    sorted_hashes = hashes[order]
+    new = np.ones(len(order), dtype=np.bool_)
+    new[1:] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
+    # The sort is stable: the first of a group is the earliest.
+    firsts = order[np.flatnonzero(new)]
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = firsts[np.cumsum(new) - 1]
+    return first
+
+
+def _near(
+    rows: Rows, first: Indices, num_prior: int, settings: DeduplicateConfig, memory_bytes: int
+) -> tuple[Indices, npt.NDArray[np.float32], int]:
+    """Find near-duplicates among the first of each group of equal documents.
+
+    The decision that is wanted is the greedy one: in order, drop what is similar to an earlier
+    kept document. Comparing with a bucket's leaders alone may miss it, where a leader itself is
+    dropped. So documents that are kept though they have a similar (but dropped) one are compared
+    again, among the kept, until no pair of kept documents is found to be similar. Then the
+    decision is the greedy one over all pairs that share a bucket.
+
+    Returns:
+        `[N]` index of the kept document that each duplicates, `[N]` their similarity, and the
+        number of documents in buckets too crowded to compare everything.
+    """
+    total = len(rows)
+    cut = banding(settings.num_permutations, settings.similarity_threshold)
+    candidates = (first == np.arange(total)) & signed(rows)
+    search = _Search(rows, num_prior, settings.similarity_threshold)
+    dropped = suspects = np.zeros(total, dtype=np.bool_)
+    crowded = 0
+    for number in range(_MAX_PASSES):
+        found = len(search.edges)
+        left = 0
+        live = candidates & ~dropped
+        for packed in sorted_bands(rows, cut, live, memory_bytes=memory_bytes):
+            mates = packed if number == 0 else _with_suspects(packed, suspects)
+            left += compare_bucket_mates(mates, search, max_leaders=_MAX_LEADERS)
+        crowded = max(crowded, left)
+        if len(search.edges) == found:
+            break
+        dropped = greedy(search.edges, total)
+        suspects = np.zeros(total, dtype=np.bool_)
+        suspects[search.edges.second] = True
+        suspects &= ~dropped
+        logger.info(
+            "near-duplicates, pass %d: %d pairs, %d documents dropped, %d to compare again",
+            number + 1,
+            len(search.edges) - found,
+            dropped.sum(),
+            suspects.sum(),
+        )
+        if not suspects.any():
+            break
+    chosen, similarity = best_kept(search.edges, dropped)
+    return chosen[first], similarity[first], crowded
+
+
+class _Search:
+    """Compares pairs, and remembers the similar ones.
+
+    Args:
+        rows: All signatures, N of them.
+        num_prior: How many of them are of earlier runs, which are kept whatever they resemble.
+        threshold: Similarity from which a pair is remembered.
+    """
+
+    def __init__(self, rows: Rows, num_prior: int, threshold: float) -> None:
+        self._rows, self._num_prior, self._threshold = rows, num_prior, threshold
+        # The leader that each document was last found similar to: the same pair meets in most
+        # bands, and need not be compared in each.
+        self._leader = np.full(len(rows), -1, dtype=np.int64)
+        self.edges = NO_EDGES
+
+    def __call__(self, leaders: Indices, others: Indices) -> Flags:
+        """Tell which of these pairs are similar."""
+        known: Flags = self._leader[others] == leaders
+        asked = np.flatnonzero(~known & (others >= self._num_prior))
+        leaders, others = leaders[asked], others[asked]
+        similarity = self._rows.similarities(leaders, others)
+        similar = similarity >= self._threshold
+        known[asked[similar]] = True
+        self._leader[others[similar]] = leaders[similar]
+        self.edges = Edges(
+            np.concatenate((self.edges.first, leaders[similar])),
+            np.concatenate((self.edges.second, others[similar])),
+            np.concatenate((self.edges.similarity, similarity[similar])),
+        )
+        return known
+
+
+def _with_suspects(packed: npt.NDArray[np.uint64], suspects: Flags) -> npt.NDArray[np.uint64]:
+    """Leave the buckets of a band that a suspect is in."""
+    bucket = packed >> np.uint64(32)
+    wanted = bucket[suspects[(packed & np.uint64(0xFFFFFFFF)).astype(np.int64)]]
+    if not len(wanted):
+        return packed[:0]
+    place = np.searchsorted(wanted, bucket)
+    found: Flags = wanted[np.minimum(place, len(wanted) - 1)] == bucket
+    return packed[found]
+
+
+def greedy(edges: Edges, total: int) -> Flags:
+    """Drop, in order, every document that is similar to an earlier one that is not dropped.
+
+    Args:
+        edges: Pairs of similar documents, in any order.
+        total: N documents.
+
+    Returns:
+        `[N]`: which are dropped.
+    """
+    dropped = bytearray(total)
+    order = np.argsort(edges.second, kind="stable")
+    for low in range(0, len(order), _EDGES_AT_ONCE):
+        block = order[low : low + _EDGES_AT_ONCE]
+        pairs = zip(edges.first[block].tolist(), edges.second[block].tolist(), strict=True)
+        for first, second in pairs:
+            if not dropped[first]:
+                dropped[second] = 1
+    return np.frombuffer(dropped, dtype=np.bool_)
+
+
+def best_kept(edges: Edges, dropped: Flags) -> tuple[Indices, npt.NDArray[np.float32]]:
+    """Choose for each dropped document the kept one it is most similar to.
+
+    Args:
+        edges: Pairs of similar documents.
+        dropped: `[N]`: which of them are dropped.
+
+    Returns:
+        `[N]` the index of that one (the earliest of equals; itself if kept), `[N]` the similarity.
+    """
+    chosen = np.arange(len(dropped), dtype=np.int64)
+    similarity = np.ones(len(dropped), dtype=np.float32)
+    usable = np.flatnonzero(~dropped[edges.first])
+    first, second, alike = (
+        values[usable] for values in (edges.first, edges.second, edges.similarity)
+    )
+    order = np.lexsort((-first, alike, second))
+    # Of several values written to one place, the last stays.
+    chosen[second[order]] = first[order]
+    similarity[second[order]] = alike[order]
+    return chosen, similarity

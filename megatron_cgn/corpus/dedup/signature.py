@@ -1,0 +1,216 @@
+"""A document's hash and MinHash signature: what deduplication needs to know of it.
+
+The similarity of two documents is the Jaccard similarity of their sets of token n-grams and
+weighted numbers: each number (or date, or equipment tag) is in the set ``number_weight`` times, so
+that records of one form that differ in their values are not near-duplicates. The share of equal
+places in two signatures estimates it with a standard error of at most
+``sqrt(J (1 - J) / num_permutations)``.
+
+The signatures come from ``rensa``'s R-MinHash (after Dahlgaard, Knudsen and Thorup, "Fast
+Similarity Sketching", FOCS 2017); the hashing of n-grams is here, because making a Python string
+of each n-gram would take most of the time.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cgn.config.corpus import DeduplicateConfig
+from megatron_cgn.corpus.dedup.tokens import (
+    PIECE_CHARACTERS,
+    Hashes,
+    Tokens,
+    canonical_bytes,
+    folding_table,
+    mix,
+    token_hashes,
+    tokenize,
+)
+from megatron_cgn.errors import ConfigError
+
+# Changes when the same text gets other hashes; part of what `prior` signatures are checked by.
+FORMAT_VERSION: Final = 1
+EMPTY: Final = np.uint32(0xFFFFFFFF)
+"""In every place of a signature that has none: of a document with fewer tokens than an n-gram."""
+
+# Documents signed together: enough to make numpy's calls cheap, few enough to stay in the cache.
+_GROUP_CHARACTERS: Final = 1 << 16
+_NGRAM_BASE: Final = np.uint64(0xA0761D6478BD642F)
+
+
+@dataclass(frozen=True, slots=True)
+class Signatures:
+    """What deduplication knows of N documents; arrays in memory or mapped from files."""
+
+    hashes: Hashes
+    """`[N, 2]` uint64: 128 bits of the normalised text; equal for exact duplicates."""
+    minhashes: npt.NDArray[np.uint32]
+    """`[N, num_permutations]` uint32: MinHash; all `EMPTY` for one too short to compare."""
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
+class Signer:
+    """Signs documents. Cheap to call, deterministic, without state.
+
+    Args:
+        settings: Those of the step.
+
+    Raises:
+        ConfigError: The packages of the extra ``corpus`` are missing.
+    """
+
+    def __init__(self, settings: DeduplicateConfig) -> None:
+        try:
+            import rensa
+        except ImportError:
+            raise ConfigError(
+                "deduplicate: rensa is not installed; install it with pip install "
+                "'megatron-cgn[corpus]'."
+            ) from None
+        self._minhash = rensa.RMinHash
+        self._settings = settings
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Everything that signatures must share to be compared."""
+        return {
+            "format": FORMAT_VERSION,
+            "rensa_algorithm": int(self._minhash.ALGORITHM_VERSION),
+            "characters": zlib.crc32(folding_table().tobytes()),
+            "num_permutations": self._settings.num_permutations,
+            "ngram_tokens": self._settings.ngram_tokens,
+            "number_weight": self._settings.number_weight,
+            "seed": self._settings.seed,
+        }
+
+    def sign(self, texts: Sequence[str]) -> Signatures:
+        """Sign documents; many in a call cost far less than one in each of many calls.
+
+        Args:
+            texts: N documents, without lone surrogates, of any length.
+
+        Returns:
+            Their signatures, in order; the same however the documents are grouped into calls.
+        """
+        parts = [self._sign(group) for group in _groups(texts)]
+        if not parts:
+            width = self._settings.num_permutations
+            return Signatures(np.zeros((0, 2), np.uint64), np.zeros((0, width), np.uint32))
+        return Signatures(
+            np.concatenate([part.hashes for part in parts]),
+            np.concatenate([part.minhashes for part in parts]),
+        )
+
+    def elements(self, texts: Sequence[str]) -> tuple[Hashes, npt.NDArray[np.int64]]:
+        """The sets whose Jaccard similarity the signatures estimate, as hashes.
+
+        Args:
+            texts: N documents of ordinary length.
+
+        Returns:
+            All elements, repeated ones included, and where each document's start: `[N + 1]`.
+        """
+        return self._elements(tokenize(texts))
+
+    def _sign(self, texts: Sequence[str]) -> Signatures:
+        if len(texts) == 1 and len(texts[0]) > PIECE_CHARACTERS:
+            digests, elements = self._long(texts[0])
+            offsets = np.array([0, len(elements)], dtype=np.int64)
+        else:
+            tokens = tokenize(texts)
+            digests = [
+                _digest([canonical], text)
+                for canonical, text in zip(canonical_bytes(tokens), texts, strict=True)
+            ]
+            elements, offsets = self._elements(tokens)
+        matrix = self._minhash.digest_matrix_from_flat_token_hashes(
+            elements,
+            offsets.astype(np.uint64),
+            self._settings.num_permutations,
+            self._settings.seed,
+        )
+        hashes = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+        return Signatures(hashes, np.array(matrix.to_rows(), dtype=np.uint32))
+
+    def _long(self, text: str) -> tuple[list[bytes], Hashes]:
+        """Hash a document piece by piece: n-grams across a cut are left out."""
+        pieces = [tokenize([piece]) for piece in _pieces(text)]
+        canonical = (next(canonical_bytes(piece)) for piece in pieces)
+        return [_digest(canonical, text)], np.concatenate(
+            [self._elements(piece)[0] for piece in pieces]
+        )
+
+    def _elements(self, tokens: Tokens) -> tuple[Hashes, npt.NDArray[np.int64]]:
+        """Hashes of a document's n-grams, then of its numbers; none if it is too short."""
+        size, weight = self._settings.ngram_tokens, self._settings.number_weight
+        hashed = token_hashes(tokens)
+        lengths = np.diff(tokens.offsets)
+        left = np.repeat(tokens.offsets[1:], lengths) - np.arange(len(hashed))
+        ngrams = _ngrams(hashed, size)[left[: max(0, len(hashed) - size + 1)] >= size]
+        num_ngrams = np.maximum(lengths - size + 1, 0)
+        is_number = tokens.numbers & (np.repeat(lengths, lengths) >= size)
+        counted = np.concatenate(([0], np.cumsum(is_number)))
+        num_numbers = np.diff(counted[tokens.offsets]) * weight
+        copies = mix(np.arange(1, weight + 1, dtype=np.uint64) * _NGRAM_BASE)
+        numbers = mix(hashed[is_number][:, None] ^ copies[None, :]).ravel()
+        offsets = np.concatenate(([0], np.cumsum(num_ngrams + num_numbers)))
+        elements = np.empty(offsets[-1], dtype=np.uint64)
+        # Behind each document's n-grams stand its numbers.
+        behind = np.cumsum(num_numbers) - num_numbers
+        elements[np.arange(len(ngrams)) + np.repeat(behind, num_ngrams)] = ngrams
+        before = np.cumsum(num_ngrams)
+        elements[np.arange(len(numbers)) + np.repeat(before, num_numbers)] = numbers
+        return elements, offsets
+
+
+def _ngrams(hashed: Hashes, size: int) -> Hashes:
+    """Hash every run of `size` tokens, across documents too."""
+    count = max(0, len(hashed) - size + 1)
+    total = np.zeros(count, dtype=np.uint64)
+    for place in range(size):
+        total *= _NGRAM_BASE
+        total += hashed[place : place + count]
+    return mix(total)
+
+
+def _digest(canonical: Iterator[bytes] | Sequence[bytes], text: str) -> bytes:
+    """128 bits of the normalised text; of the text as it is where nothing remains of it."""
+    hasher, num_bytes = hashlib.blake2b(digest_size=16), 0
+    for piece in canonical:
+        hasher.update(piece)
+        num_bytes += len(piece)
+    if num_bytes == 0:
+        hasher = hashlib.blake2b(text.encode(), digest_size=16, person=b"as it is")
+    return hasher.digest()
+
+
+def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Consecutive documents of at most `_GROUP_CHARACTERS` together, or one longer one."""
+    begin = total = 0
+    for index, text in enumerate(texts):
+        if index > begin and total + len(text) > _GROUP_CHARACTERS:
+            yield texts[begin:index]
+            begin, total = index, 0
+        total += len(text) + 1
+    if begin < len(texts):
+        yield texts[begin:]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text, at white space where there is some nearby."""
+    begin = 0
+    while begin < len(text):
+        end = begin + PIECE_CHARACTERS
+        if end < len(text):
+            tail = text[end - 1024 : end]
+            space = max(tail.rfind(" "), tail.rfind("\n"))
+            end = end - 1024 + space if space > 0 else end
+        yield text[begin:end]
+        begin = end
