@@ -85,14 +85,57 @@ class DeduplicateConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedactConfig:
-    """Personal data and whatever else must not be trained on."""
+    """Personal data and whatever else must not be trained on; ``docs/redaction.md`` measures it."""
 
     enabled: bool = True
     """Whether to redact."""
+    kinds: tuple[str, ...] = (
+        "id_card",
+        "credit_code",
+        "bank_card",
+        "passport",
+        "licence_plate",
+        "mobile",
+        "phone",
+        "email",
+        "ip",
+        "mac",
+        "name",
+    )
+    """What to replace, besides the patterns of ``patterns_file``; ``address`` is one more."""
+    replacement: Literal["placeholder", "pseudonym"] = "placeholder"
+    """``[手机号]``, the same for all, or ``[手机号-3fa9c2d17b]``, the same for the same number."""
+    placeholder_language: Literal["zh", "en"] = "zh"
+    """Language of the placeholders: ``[手机号]`` or ``[MOBILE]``."""
+    key_file: str | None = None
+    """File with the key of the pseudonyms, at least 16 bytes; whoever has it can undo them."""
+    key_environment: str = "MEGATRON_CGN_REDACT_KEY"
+    """Environment variable with that key, read where there is no ``key_file``."""
+    patterns_file: str | None = None
+    """YAML file of your own patterns; ``hydra_conf/corpus/patterns.example.yaml`` explains it."""
+    ignore: tuple[str, ...] = ()
+    """Values that stay, such as a public hotline; separators, width and case do not matter."""
+    max_findings: int | None = None
+    """Drops a document with more replacements than this, such as a staff directory."""
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
-        yield from ()
+        known = (*RedactConfig().kinds, "address")
+        for kind in self.kinds:
+            if kind not in known:
+                yield f"redact.kinds: {kind!r}; must be among {', '.join(known)}."
+        if self.enabled and not self.kinds and self.patterns_file is None:
+            yield (
+                "redact.kinds: is empty, and there is no redact.patterns_file; name a kind, or set "
+                "redact.enabled=false."
+            )
+        if self.key_file is not None and self.replacement != "pseudonym":
+            yield (
+                f"redact.key_file: {self.key_file}; has no effect with "
+                f"redact.replacement={self.replacement}; set redact.replacement=pseudonym."
+            )
+        if self.max_findings is not None and self.max_findings < 0:
+            yield f"redact.max_findings: {self.max_findings}; must be at least 0."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
