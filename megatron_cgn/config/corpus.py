@@ -33,14 +33,74 @@ class ReadConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CleanConfig:
-    """Unicode, boilerplate, quality and language of each document."""
+    """Unicode, boilerplate, quality and language of each document.
+
+    A limit at the end of its range (0 for a least, 1 for a most) turns its rule off. Where each
+    comes from and what it was seen to drop is in docs/corpus-cleaning.md.
+    """
 
     enabled: bool = True
     """Whether to clean."""
+    simplify_chinese: bool = False
+    """Whether to make traditional Chinese simplified."""
+    remove_lines: tuple[str, ...] = ("page_numbers", "contents", "navigation", "copyright")
+    """Kinds of lines that go: page numbers with the headers and footers beside them, tables of
+    contents with leaders, menus and notices of web sites, copyright lines. Of these four."""
+    max_navigation_fraction: float = 0.5
+    """Most characters in lines of web navigation: above it a page holds nothing else."""
+    min_characters: int = 30
+    """Fewest characters that are not blank."""
+    min_letter_fraction: float = 0.08
+    """Fewest letters and ideographs among the characters."""
+    max_symbol_fraction: float = 0.5
+    """Most punctuation and symbols among the characters; a row of one symbol counts once."""
+    max_garbled_fraction: float = 0.01
+    """Most characters of mojibake and U+FFFD among the characters."""
+    min_common_han_fraction: float = 0.8
+    """Fewest ideographs of everyday use among the ideographs, from 50 ideographs on."""
+    min_common_bigram_fraction: float = 0.45
+    """Fewest pairs of letters common in English among the pairs of Latin letters, from 200 on."""
+    max_mean_word_length: float = 20.0
+    """Most letters in the mean word of Latin letters, from 200 pairs of letters on."""
+    max_ellipsis_line_fraction: float = 0.4
+    """Most lines that end in an ellipsis, from 5 lines on."""
+    max_duplicate_line_fraction: float = 0.6
+    """Most characters in lines that have occurred before in the document, tables left out."""
+    max_top_ngram_fraction: float = 0.4
+    """Most tokens in the most frequent run of 4 tokens (words, or Chinese characters)."""
+    max_duplicate_ngram_fraction: float = 0.8
+    """Most runs of 10 tokens that have occurred before in the document."""
+    identify_language: bool = True
+    """Whether to identify the language, which `languages` needs."""
+    languages: tuple[str, ...] = ()
+    """Languages to keep, as ISO 639-1 codes, and `und` for unknown; none keeps all."""
+    min_language_confidence: float = 0.3
+    """Least probability at which the model's language is taken, and not `und`."""
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
-        yield from ()
+        kinds = ("page_numbers", "contents", "navigation", "copyright")
+        if unknown := sorted(set(self.remove_lines) - set(kinds)):
+            yield f"clean.remove_lines: {', '.join(unknown)}; must be among {', '.join(kinds)}."
+        for name in (
+            each for each in self.__slots__ if each.endswith(("_fraction", "_confidence"))
+        ):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                yield f"clean.{name}: {value}; must be between 0 and 1."
+        for name in ("min_characters", "max_mean_word_length"):
+            if (value := getattr(self, name)) < 0:
+                yield f"clean.{name}: {value}; must be at least 0."
+        if self.languages and not self.identify_language:
+            yield (
+                f"clean.languages: {', '.join(self.languages)}; has no effect with "
+                "clean.identify_language=false. Set that to true, or leave the languages out."
+            )
+        for code in self.languages:
+            if not (code.isascii() and code.isalpha() and code.islower() and len(code) in (2, 3)):
+                yield (
+                    f"clean.languages: {code!r}; must be an ISO 639 code in small letters, such as "
+                    "zh or en, or und for unknown."
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +200,46 @@ class RedactConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecontaminateConfig:
-    """Overlap with evaluation files."""
+    """Overlap with evaluation files. How it is found is in docs/corpus-cleaning.md."""
 
     evaluation_files: tuple[str, ...] = ()
-    """Files whose content must not be trained on; none turns the step off."""
+    """Files whose content must not be trained on; none turns the step off. JSONL, JSON, CSV, TSV,
+    Parquet, and text with a blank line between items."""
+    fields: tuple[str, ...] = ()
+    """Fields or columns to compare; none means every text there is."""
+    mode: Literal["drop", "cut"] = "drop"
+    """Whether to drop a document that holds an item, or to cut the paragraphs that do."""
+    ngram_tokens: int = 13
+    """Tokens (Chinese characters, or words) in a row that must agree to count as overlap."""
+    min_item_tokens: int = 10
+    """Fewest tokens of a text to look for: one below `ngram_tokens` must be there as a whole, and
+    one with fewer than this is not looked for."""
+    min_coverage: float = 0.5
+    """Least share of a question, passage or set of choices that must be found in a document."""
+    max_shared_items: int = 8
+    """Most items that may share a run of tokens: one in more of them is a stock phrase, and does
+    not count."""
+    fold_traditional: bool = True
+    """Whether traditional and simplified Chinese compare as equal."""
+    max_cut_fraction: float = 0.5
+    """Most of a document to cut: above it the document is dropped."""
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
-        yield from ()
+        if self.mode not in ("drop", "cut"):
+            yield f"decontaminate.mode: {self.mode}; must be drop or cut."
+        if self.ngram_tokens < 2:
+            yield f"decontaminate.ngram_tokens: {self.ngram_tokens}; must be at least 2 (13 is usual)."
+        if not 1 <= self.min_item_tokens <= self.ngram_tokens:
+            yield (
+                f"decontaminate.min_item_tokens: {self.min_item_tokens}; must be at least 1 and at "
+                f"most decontaminate.ngram_tokens, which is {self.ngram_tokens}."
+            )
+        if self.max_shared_items < 1:
+            yield f"decontaminate.max_shared_items: {self.max_shared_items}; must be at least 1."
+        for name in ("min_coverage", "max_cut_fraction"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                yield f"decontaminate.{name}: {value}; must be above 0 and at most 1."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

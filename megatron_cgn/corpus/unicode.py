@@ -1,0 +1,180 @@
+"""One spelling for each character, where that loses nothing.
+
+NFKC (Unicode Standard Annex 15) as a whole would ruin technical text: 10²³ becomes 1023, m³ m3, ½
+1⁄2, ① 1, and Chinese punctuation turns into ASCII. So the text becomes NFC, and of the
+compatibility mappings only those are made which change a character's looks and not its meaning.
+Which ones, and why, is in docs/corpus-cleaning.md. Normalising twice changes nothing.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+
+_SUBSCRIPTS_AND_THE_LIKE = ("super", "sub", "fraction", "circle")
+# What Chinese shares with ASCII and keeps wide. 。、「」 have no such counterpart.
+_WIDE_PUNCTUATION = "，：；！？（）"
+_KEPT = frozenset(_WIDE_PUNCTUATION + "～")
+_TO_ASCII = str.maketrans(_WIDE_PUNCTUATION, ",:;!?()")
+_WIDE_IN_USE = re.compile(f"[{_WIDE_PUNCTUATION}]")
+_EAST_ASIAN = re.compile(
+    "[\u3005\u3007\u3041-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U000323af]"
+)
+# A clock time or a ratio, as in 12：30.
+_COLON_OF_DIGITS = re.compile("(?<=[0-9])：(?=[0-9])")
+
+# Form feeds stay: the line rules know by them where pages begin.
+_LINE_ENDS = re.compile("\r\n?|[\x0b\u0085\u2028\u2029]")
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+_OVERSTRIKE = re.compile("[^\n]\x08")
+# Invisible characters: format and bidirectional controls, joiners, fillers, tags, selectors of
+# ideographic variants, noncharacters. Joiners that a script or an emoji needs are spared below.
+_INVISIBLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufdd0-\ufdef\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffc\ufffe\uffff"
+    "\U000e0000-\U000e0fff\U0001fffe\U0001ffff\U0002fffe\U0002ffff"
+)
+_UNCOMMON_ASCII = re.compile("[\x00-\x08\x0b\x0d-\x1f\x7f]")
+_CONTROLS = "\x00-\x08\x0e-\x1f\x7f-\x9f"
+_JOINED_SCRIPTS = "\u0600-\u109f\u1780-\u18af\u2600-\u27bf\ufe0f\U0001f000-\U0001faff"
+_DROPPED = re.compile(
+    f"(?<![{_JOINED_SCRIPTS}])[\u200c\u200d]|[{_CONTROLS}]"
+    f"|[{_INVISIBLE.replace('\u200b-\u200f', '\u200b\u200e\u200f')}]"
+)
+
+# The Symbol font as Word and PDF writers leave it in the private use area.
+_SYMBOL_FONT = {
+    0xF000 + ord(latin): greek
+    for latin, greek in zip(
+        "abgdezhqiklmnxoprstufcywGDQLXPSFYW", "αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", strict=True
+    )
+} | {0xF0B0: "°", 0xF0B1: "±", 0xF0B4: "×", 0xF0B8: "÷", 0xF0A3: "≤", 0xF0B3: "≥", 0xF0B7: "•"}
+_PRIVATE = "\ue000-\uf8ff\U000f0000-\U0010ffff"
+_PRIVATE_USE = re.compile(f"[{_PRIVATE}]")
+_PRIVATE_BULLET = re.compile(f"(?m)^([ \t]*)[{_PRIVATE}](?=[ \t])")
+
+# Ideographs that PDF extraction gives as radicals: EquivalentUnifiedIdeograph.txt of the Unicode
+# Character Database, those of simplified Chinese. NFKC knows only U+2F00–U+2FD5 and two more.
+_RADICALS = dict(
+    zip(
+        "⺠⻅⻉⻋⻓⻔⻘⻙⻚⻛⻜⻝⻢⻣⻤⻥⻦⻨⻩⻬⻮⻰",
+        "民见贝车长门青韦页风飞食马骨鬼鱼鸟麦黄齐齿龙",
+        strict=True,
+    )
+)
+
+
+def normalise(text: str) -> tuple[str, int]:
+    """Give every character its one spelling.
+
+    Args:
+        text: Valid Unicode without lone surrogates.
+
+    Returns:
+        The text and how many characters were changed or removed, about.
+    """
+    if text.isascii() and not _UNCOMMON_ASCII.search(text):
+        return text, 0
+    text, changed = _strip_controls(text)
+    text, mapped = _mapped().subn(lambda match: _mapping()[match[0]], text)
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        mapped += 1
+    return _punctuation(text), changed + mapped
+
+
+def _strip_controls(text: str) -> tuple[str, int]:
+    changed = 0
+    if "\x1b" in text:
+        text, changed = _ESCAPES.subn("", text)
+    if "\x08" in text:
+        text, struck = _OVERSTRIKE.subn("", text)
+        changed += struck
+    text, ends = _LINE_ENDS.subn("\n", text)
+    text, dropped = _DROPPED.subn(_c1_or_nothing, text)
+    changed += ends + dropped
+    if _PRIVATE_USE.search(text):
+        text, bullets = _PRIVATE_BULLET.subn(r"\1•", text)
+        text, private = _PRIVATE_USE.subn(
+            lambda match: _SYMBOL_FONT.get(ord(match[0]), "\ufffd"), text
+        )
+        changed += bullets + private
+    return text, changed
+
+
+def _c1_or_nothing(match: re.Match[str]) -> str:
+    """Read C1 controls as Windows-1252, as the WHATWG Encoding Standard does; drop the rest."""
+    character = match[0]
+    if "\x80" <= character <= "\x9f":
+        return character.encode("latin-1").decode("cp1252", "ignore")
+    return ""
+
+
+def _punctuation(text: str) -> str:
+    """Make wide punctuation ASCII where there is nothing Chinese, Japanese or Korean around."""
+    if not _WIDE_IN_USE.search(text):
+        return text
+    if not _EAST_ASIAN.search(text):
+        return text.translate(_TO_ASCII)
+    return _COLON_OF_DIGITS.sub(":", text)
+
+
+@cache
+def _mapped() -> re.Pattern[str]:
+    return re.compile(f"[{re.escape(''.join(_mapping()))}]")
+
+
+@cache
+def _mapping() -> dict[str, str]:
+    """Give what each character is replaced by: those whose meaning the replacement keeps."""
+    table = dict(_compatibility())
+    table |= _RADICALS
+    table |= dict.fromkeys("\u00a0\u1680\u2000\u2001\u202f\u205f\u3000", " ")
+    table |= {chr(point): " " for point in range(0x2002, 0x200B)}
+    table |= {"\u2010": "-", "\u2011": "-", "\u00b5": "μ"}
+    vertical = "︐︑︒︓︔︕︖︵︶﹐﹑﹒﹔﹕﹖﹗﹙﹚"
+    return table | dict(zip(vertical, "，、。：；！？（），、.；：？！（）", strict=True))
+
+
+def _compatibility() -> Iterator[tuple[str, str]]:
+    for point in (*range(0x80, 0xE000), *range(0xF900, 0x10000), *range(0x1D400, 0x1D800)):
+        character = chr(point)
+        tag, _, decomposed = unicodedata.decomposition(character).partition("> ")
+        if tag.startswith("<") and character not in _KEPT and _safe(point, tag[1:]):
+            flat = "".join(map(_flatten, (chr(int(code, 16)) for code in decomposed.split())))
+            if flat != character:
+                yield character, flat
+
+
+def _safe(point: int, tag: str) -> bool:
+    match tag:
+        case "wide" | "narrow" | "vertical" | "small":
+            # The wide macron and the Hangul filler decompose into other oddities: left alone.
+            return point not in (0xFFE3, 0xFFA0)
+        case "square":
+            return 0x3300 <= point < 0x3400  # ㎡ and ㎜, but not 🄰
+        case "compat":
+            is_ligature, is_radical = 0xFB00 <= point <= 0xFB17, 0x2F00 <= point <= 0x2FD5
+            return is_ligature or is_radical or point in (0x2E9F, 0x2EF3)
+        case "initial" | "medial" | "final" | "isolated":
+            # U+FDFA and its like are whole phrases; U+FE70 and its like are marks on a blank.
+            return 0xFB50 <= point <= 0xFDF1 or 0xFE80 <= point <= 0xFEFC
+        case "font":
+            # Italic is how plain variables look; bold, script and double-struck ones differ.
+            name = unicodedata.name(chr(point), "")
+            return point == 0x210E or name.startswith("MATHEMATICAL ITALIC")
+    return False
+
+
+def _flatten(character: str) -> str:
+    """Decompose further, but keep ² in ㎡ and make the slash of ㎧ an ASCII one."""
+    if character == "\u2215":
+        return "/"
+    tag, _, decomposed = unicodedata.decomposition(character).partition("> ")
+    if not tag.startswith("<") or tag[1:] in _SUBSCRIPTS_AND_THE_LIKE:
+        return character
+    if character == "\u00b5":
+        return "μ"
+    if _safe(ord(character), tag[1:]):
+        return "".join(_flatten(chr(int(code, 16))) for code in decomposed.split())
+    return character
