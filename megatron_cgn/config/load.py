@@ -6,9 +6,9 @@ The only module that knows Hydra and OmegaConf. What comes out is a frozen `RunC
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -16,8 +16,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
-from megatron_cgn.config.schema import RunConfig, SourceConfig
+from megatron_cgn.config.corpus import CorpusConfig
+from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "hydra_conf"
@@ -90,10 +92,66 @@ def typed_config(values: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: Naming every unknown key and every value of a wrong type.
     """
-    faults = [_unknown(path) for path in _unknown_keys(values, RunConfig)]
+    return _typed(values, RunConfig)
+
+
+def load_corpus_config(
+    overrides: Sequence[str],
+    *,
+    file: str | Path | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> CorpusConfig:
+    """Read the settings of ``prepare_corpus.py``.
+
+    Args:
+        overrides: ``step.name=value``, the value as in YAML; they win over the file.
+        file: A YAML file of settings, or the name of one in ``hydra_conf/corpus/``.
+        values: Further settings by their paths, which win over all.
+
+    Returns:
+        The settings. Rules are `CorpusConfig.faults`'s.
+
+    Raises:
+        ConfigError: Naming every unknown key and every value of a wrong type.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"{override}: not a setting; write step.name=value.")
+    try:
+        merged = OmegaConf.load(_corpus_file(file)) if file is not None else OmegaConf.create({})
+        if not isinstance(merged, DictConfig):
+            raise ConfigError(f"{file}: holds no settings; write groups as in clean: ….")
+        merged.merge_with_dotlist(list(overrides))
+        for path, value in (values or {}).items():
+            OmegaConf.update(merged, path, value)
+        container = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file or ' '.join(overrides)}: cannot be read ({error}).") from error
+    assert isinstance(container, dict)
+    # A group that is named and left empty keeps its defaults.
+    named = {str(key): {} if value is None else value for key, value in container.items()}
+    return _typed(named, CorpusConfig)
+
+
+def _corpus_file(file: str | Path) -> Path:
+    path = Path(file)
+    if path.exists():
+        return path
+    known = CONFIG_DIR / "corpus" / f"{file}.yaml"
+    if known.is_file():
+        return known
+    names = ", ".join(sorted(p.stem for p in known.parent.glob("*.yaml")))
+    raise ConfigError(
+        f"{file}: there is no such file of settings. Give a YAML file"
+        + (f", or one of: {names}." if names else ".")
+    )
+
+
+def _typed[T: (RunConfig, CorpusConfig)](values: dict[str, Any], cls: type[T]) -> T:
+    faults = [_unknown(path, cls) for path in _unknown_keys(values, cls)]
     if not faults:
         try:
-            return TypeAdapter(RunConfig).validate_python(values)
+            return TypeAdapter(cls).validate_python(values)
         except ValidationError as error:
             faults = [
                 f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}; "
@@ -145,16 +203,33 @@ def _paths(cls: type, prefix: str = "") -> Iterator[str]:
             yield from _paths(field.type, f"{path}.")
 
 
+def _item_class(field: dataclasses.Field[Any]) -> type | None:
+    """The dataclass of which a field holds a tuple, if it does."""
+    item = next(iter(get_args(field.type)), None)
+    return item if isinstance(item, type) and dataclasses.is_dataclass(item) else None
+
+
+def _item_paths(cls: type, prefix: str = "") -> Iterator[str]:
+    """Keys of what the fields that hold tuples of dataclasses hold."""
+    for field in dataclasses.fields(cls):
+        inner = _item_class(field)
+        if inner is not None:
+            yield from _paths(inner, f"{prefix}{field.name}.")
+            yield from _item_paths(inner, f"{prefix}{field.name}.")
+        elif isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            yield from _item_paths(field.type, f"{prefix}{field.name}.")
+
+
 def _unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> Iterator[str]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         path = f"{prefix}{key}"
         if key not in fields:
             yield path
-        elif path == "data.sources" and isinstance(value, list):
-            for index, source in enumerate(value):
-                if isinstance(source, dict):
-                    yield from _unknown_keys(source, SourceConfig, f"data.sources.{index}.")
+        elif isinstance(value, list) and (item_class := _item_class(fields[key])):
+            for index, item in enumerate(value):
+                if isinstance(item, dict):
+                    yield from _unknown_keys(item, item_class, f"{path}.{index}.")
         elif isinstance(value, dict):
             section = fields[key].type
             # A scalar's type is no dataclass: the type check tells that fault.
@@ -162,8 +237,8 @@ def _unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> Iterat
                 yield from _unknown_keys(value, section, f"{path}.")
 
 
-def _unknown(path: str) -> str:
-    known = key_paths() + [f"data.sources.{f.name}" for f in dataclasses.fields(SourceConfig)]
+def _unknown(path: str, cls: type = RunConfig) -> str:
+    known = [*_paths(cls), *_item_paths(cls)]
     plain = re.sub(r"\.\d+\.", ".", path)
     near = difflib.get_close_matches(plain, known, n=1, cutoff=0.5)
     if not near:

@@ -50,17 +50,42 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileConfig:
+    """One of several indices of a source."""
+
+    path: str
+    """Prefix of a ``.bin``/``.idx`` pair written by ``tools/preprocess_data.py``."""
+    weight: float | None = None
+    """Share of the source's tokens, relative to its other files. None: proportional to the
+    tokens, so that every file is read equally often. Given for all files of a source or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SourceConfig:
     """One source of training documents."""
 
     name: str
     """Name used in metrics, e.g. ``domain``."""
-    path: str
+    path: str | None = None
     """Prefix of a ``.bin``/``.idx`` pair written by ``tools/preprocess_data.py``."""
-    weight: float = 1.0
-    """Share of training tokens, relative to the other sources' weights."""
+    files: tuple[FileConfig, ...] = ()
+    """Several such pairs, instead of ``path``."""
+    weight: float | None = None
+    """Share of training tokens, relative to the other sources' weights; 1 if nobody says more.
+    Not together with ``data.mix`` or ``data.phases``, which say the same by name."""
     validation_path: str | None = None
     """Prefix of a held-out pair. None: the last ``data.validation_fraction`` of documents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseConfig:
+    """A part of the run with a mix of its own."""
+
+    mix: dict[str, float]
+    """Shares of the training tokens by source name, as in ``data.mix``."""
+    until: int | float | None = None
+    """Where it ends: up to 1 a fraction of the run's steps, above 1 the last step's number.
+    The last phase goes to the end of the run: None or 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +94,19 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     """Sources of training documents."""
+    mix: dict[str, float] | None = None
+    """Shares of the training tokens by source name, relative to one another."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Several mixes, one after another, instead of ``mix``."""
+    epochs_of: str | None = None
+    """The source that ``train.epochs`` counts under a mix. None: ``domain``, if it is in it."""
     seq_length: int = 4096
     """Tokens of one training sequence."""
     validation_fraction: float = 0.0
     """Share of each source's documents held out where it has no ``validation_path``."""
+    reset_attention_mask: bool = False
+    """Whether documents that share a training sequence are kept apart: attention and positions
+    start anew behind each end-of-document token. False: a document sees those before it."""
     cache_dir: str | None = None
     """Where shuffled indices are cached. None: ``output_dir/cache``."""
     num_workers: int = 0
@@ -90,7 +124,8 @@ class TrainConfig:
     train_iters: int | None = None
     """Optimizer steps. Exactly one of ``train_iters`` and ``epochs`` is given."""
     epochs: float | None = None
-    """Passes over the training tokens (of all sources together)."""
+    """Passes over the training tokens: of the source ``data.epochs_of`` under a mix, and of all
+    sources together without."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, core attention, whole layers."""
     validation_interval_steps: int | None = None

@@ -5,12 +5,11 @@ Every fault says where, which value, which limit, and what to do.
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol
 
-from megatron_cgn.config.schema import DataConfig, ExportConfig, OptimConfig, RunConfig
+from megatron_cgn.config.data_rules import data_faults, epoch_faults
+from megatron_cgn.config.schema import ExportConfig, OptimConfig, RunConfig
 from megatron_cgn.errors import ConfigError
 
 
@@ -47,6 +46,7 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *_layout(run, world_size),
         *_batch(run, world_size),
         *data_faults(run.data),
+        *epoch_faults(run.data, run.train),
         *_optim(run),
         *_checkpoint(run),
         *_export(run),
@@ -92,6 +92,9 @@ def _numbers(value: object, path: str = "") -> Iterator[str]:
     elif isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from _numbers(item, f"{path}.{index}")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{path}.{key}")
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             name = f"{path}.{field.name}" if path else field.name
@@ -186,6 +189,12 @@ def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
                 "multiple of parallel.tensor_model_parallel_size="
                 f"{p.tensor_model_parallel_size}, which sequence parallelism needs."
             )
+    if run.data.reset_attention_mask and run.model.backend == "te" and p.context_parallel_size > 1:
+        yield (
+            "data.reset_attention_mask: true; Transformer Engine cannot keep documents apart with "
+            f"parallel.context_parallel_size={p.context_parallel_size}. Set model.backend=native, "
+            "or parallel.context_parallel_size=1."
+        )
     if (t.train_iters is None) == (t.epochs is None):
         state = "both set" if t.epochs is not None else "neither set"
         yield f"train.train_iters, train.epochs: {state}; give exactly one."
@@ -230,67 +239,6 @@ def _portions(run: RunConfig, world_size: int) -> Iterator[str]:
                 "interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size="
                 f"{p.pipeline_model_parallel_size}."
             )
-
-
-def data_faults(data: DataConfig) -> Iterator[str]:
-    """Find what is wrong with the sources whatever their files hold.
-
-    Args:
-        data: The settings.
-
-    Yields:
-        A message a fault.
-    """
-    if not data.sources:
-        yield "data.sources is empty. Name at least one source: {name, path, weight}."
-        return
-    names = Counter(source.name for source in data.sources)
-    yield from (
-        f"data.sources: the name {name!r} is given {count} times. Names must differ."
-        for name, count in names.items()
-        if count > 1
-    )
-    paths = Counter(_resolved(source.path) for source in data.sources)
-    yield from (
-        f"data.sources: the path {path!r} is given {count} times. Give it once, with the weights "
-        "added up."
-        for path, count in paths.items()
-        if count > 1
-    )
-    for source in data.sources:
-        held_out = source.validation_path
-        if held_out is not None and _resolved(held_out) in paths:
-            yield (
-                f"data.sources[{source.name}].validation_path={held_out!r} is also trained on. "
-                "Hold out other documents, or set data.validation_fraction instead."
-            )
-        if not (math.isfinite(source.weight) and source.weight >= 0):
-            yield f"data.sources[{source.name}].weight={source.weight}: must be 0 or more."
-        if source.weight == 0 and held_out is None and not data.validation_fraction:
-            yield (
-                f"data.sources[{source.name}].weight=0 and nothing of it is held out, so it has "
-                "no effect. Remove the source or give it a weight or a validation_path."
-            )
-    if all(source.weight == 0 for source in data.sources):
-        yield "data.sources: every weight is 0. Give at least one source a weight above 0."
-    for index, source in enumerate(data.sources):
-        if not source.name or "/" in source.name:
-            yield f"data.sources.{index}.name: {source.name!r}; must be a word without slashes."
-    if not 0 <= data.validation_fraction < 1:
-        yield (
-            f"data.validation_fraction={data.validation_fraction}: must be at least 0 and below 1."
-        )
-    elif data.validation_fraction and all(s.validation_path is not None for s in data.sources):
-        yield (
-            f"data.validation_fraction={data.validation_fraction}: has no effect, since every "
-            "source has a validation_path. Set it to 0."
-        )
-    if data.num_workers < 0:
-        yield f"data.num_workers: {data.num_workers}; must be at least 0."
-
-
-def _resolved(path: str) -> str:
-    return str(Path(path).resolve())
 
 
 def _optim(run: RunConfig) -> Iterator[str]:

@@ -1,56 +1,126 @@
-"""Pre-training data: a weighted blend to train on, and each source's held-out documents."""
+"""Pre-training data: a blend of sources to train on, and each source's held-out documents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from megatron_cgn.config.schema import DataConfig
-from megatron_cgn.data.blend import SourceAccount, SourcePlan, account_for, plan_sources
-from megatron_cgn.data.gpt_blend import BlendRecipe, fill_cache, open_cache
+from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.data.blend import Blend, Place
+from megatron_cgn.data.blocks import SampleReader, fill_cache, reading_order
+from megatron_cgn.data.plan import plan_run
+from megatron_cgn.data.sources import Source, check_sources
 from megatron_cgn.data.windows import Sample, WindowDataset
 from megatron_cgn.errors import DataError, UserError
 from tokenizer.wrapper import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainingPlan:
+    """What a run will read: decided before anything is built."""
+
+    sources: tuple[Source, ...]
+    """The checked sources."""
+    blend: Blend
+    """Which sequences come from which of them."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.blend.sequences // self.blend.global_batch_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainingData:
     """What a pre-training run reads."""
 
-    train: Dataset[Sample]
+    train: "TrainingSequences"
     """Training sequences in the order of training."""
     validation: dict[str, WindowDataset]
     """Held-out windows by source name; sources without held-out documents are absent."""
-    account: tuple[SourceAccount, ...]
-    """How much of each source the run reads."""
+    blend: Blend
+    """The plan: what comes from where."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names by a sample's ``source``."""
+        return tuple(source.name for source in self.blend.sources)
+
+
+class TrainingSequences(Dataset[Sample]):
+    """The sequences of a blend, in the order of training."""
+
+    def __init__(self, blend: Blend, readers: dict[Place, SampleReader]) -> None:
+        """Put a blend and what it reads together.
+
+        Args:
+            blend: Which sequences come from where.
+            readers: Of every file that the blend draws from.
+        """
+        self._blend = blend
+        self._readers = readers
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self._blend.sequences
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sequence ``index``: see `Sample`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place, sample = self._blend.locate(index)
+        text = torch.from_numpy(self._readers[place].read(sample))
+        seq_length = self._blend.seq_length
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(seq_length, dtype=torch.float32),
+            "position_ids": torch.arange(seq_length),
+            "source": torch.tensor(place[0]),
+        }
+
+
+def plan_pretraining(run: RunConfig, *, tokenizer: Tokenizer) -> PretrainingPlan:
+    """Check the sources and plan what the run reads of them. See `together`.
+
+    Args:
+        run: The validated configuration.
+        tokenizer: The model's tokenizer; indices made with another are refused.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+        DataError: If a source is unusable or too small.
+    """
+    sources = check_sources(run.data, tokenizer_fingerprint=tokenizer.fingerprint())
+    return PretrainingPlan(sources=sources, blend=plan_run(run, sources))
 
 
 def build_pretraining_data(
-    data: DataConfig,
+    plan: PretrainingPlan,
     *,
-    tokenizer: Tokenizer,
-    train_sequences: int,
-    seed: int,
+    eod_id: int,
     cache_dir: str | Path,
     group: dist.ProcessGroup | None = None,
 ) -> PretrainingData:
-    """Check the sources, and open the blend and the held-out windows.
+    """Open the training sequences and the held-out windows.
 
-    The order depends on the sources' documents, their weights, ``seq_length``, the number of
-    sequences and the seed; never on paths or on the number of processes. Documents follow one
-    another with nothing in between but their own end-of-document token.
+    The order depends on the sources' documents, the mix, ``seq_length`` and the seed; never on
+    paths, on the number of processes or on how long the run is. Documents follow one another with
+    nothing in between but their own end-of-document token.
 
     Collective over ``group`` where torch.distributed is up; every rank must call. The first rank
     builds the shuffled indices in ``cache_dir`` and the others open them. A fault on any rank is
     raised on all of them.
 
     Args:
-        data: Sources and sequence length.
-        tokenizer: The model's tokenizer; indices made with another are refused.
-        train_sequences: Length of the training blend.
-        seed: Seed of the order.
+        plan: Equal on all ranks.
+        eod_id: The tokenizer's end-of-document id, in front of held-out documents.
         cache_dir: Directory that every rank sees. What is cached there is keyed by the content
             of the sources, so a changed source is never read through an old index.
         group: The ranks that call, global rank 0 among them; None for all.
@@ -59,37 +129,45 @@ def build_pretraining_data(
         The data.
 
     Raises:
-        ConfigError: If settings contradict each other.
-        DataError: If a source is unusable or the cache cannot be written or read.
+        DataError: If the cache cannot be written or read, or a source has gone.
     """
-    assert train_sequences > 0, train_sequences
-    fingerprint = tokenizer.fingerprint()
-    plans = together(lambda: plan_sources(data, tokenizer_fingerprint=fingerprint), group)
-    trained = [plan for plan in plans if plan.share > 0]
-    recipe = BlendRecipe(
-        plans=tuple(trained), num_sequences=train_sequences, seq_length=data.seq_length, seed=seed
-    )
-    folder = Path(cache_dir) / f"pretrain-{recipe.key()}"
-    drawn = _on_first_rank(lambda: fill_cache(recipe, folder), group)
-    sequences = dict(zip([plan.name for plan in trained], drawn, strict=True))
+    cache = Path(cache_dir)
+    _on_first_rank(lambda: _fill(plan, cache), group)
     return PretrainingData(
-        train=together(lambda: open_cache(recipe, drawn, folder), group),
-        validation=together(lambda: _windows(plans, data, eod_id=tokenizer.eod_id), group),
-        account=account_for(
-            plans,
-            sequences=[sequences.get(plan.name, 0) for plan in plans],
-            seq_length=data.seq_length,
-        ),
+        train=together(lambda: _open(plan, cache), group),
+        validation=together(lambda: _windows(plan, eod_id=eod_id), group),
+        blend=plan.blend,
     )
 
 
-def _windows(
-    plans: Sequence[SourcePlan], data: DataConfig, *, eod_id: int
-) -> dict[str, WindowDataset]:
+def _fill(plan: PretrainingPlan, cache: Path) -> bool:
+    blend = plan.blend
+    for (source, file), samples in blend.drawn(0, blend.sequences).items():
+        documents = plan.sources[source].training[file]
+        if samples:
+            order = reading_order(documents, seq_length=blend.seq_length, seed=blend.seed)
+            fill_cache(order, documents, samples=samples, cache=cache)
+    return True
+
+
+def _open(plan: PretrainingPlan, cache: Path) -> TrainingSequences:
+    blend = plan.blend
+    readers = {}
+    for (source, file), samples in blend.drawn(0, blend.sequences).items():
+        documents = plan.sources[source].training[file]
+        if samples:
+            order = reading_order(documents, seq_length=blend.seq_length, seed=blend.seed)
+            readers[source, file] = SampleReader(documents, order, samples=samples, cache=cache)
+    return TrainingSequences(blend, readers)
+
+
+def _windows(plan: PretrainingPlan, *, eod_id: int) -> dict[str, WindowDataset]:
     return {
-        plan.name: WindowDataset(plan.validation, seq_length=data.seq_length, eod_id=eod_id)
-        for plan in plans
-        if plan.validation is not None
+        source.name: WindowDataset(
+            source.validation, seq_length=plan.blend.seq_length, eod_id=eod_id
+        )
+        for source in plan.sources
+        if source.validation
     }
 
 

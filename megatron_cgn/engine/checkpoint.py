@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -104,12 +104,21 @@ def check_tensors(directory: Path, info: CheckpointInfo) -> None:
         raise CheckpointError(first)
 
 
+@runtime_checkable
+class Extendable(Protocol):
+    """A part of the fit of which only what has been consumed must stay. JSON for the rest."""
+
+    def conflict(self, written: object, *, consumed_sequences: int) -> str | None:
+        """Say what of a checkpoint's value does not fit, or None if all does."""
+        ...
+
+
 def check_fit(info: CheckpointInfo, fit: Mapping[str, Any], directory: Path) -> None:
     """Refuse a checkpoint that another configuration wrote.
 
     Args:
         info: The checkpoint's.
-        fit: What this run needs, by dotted name.
+        fit: What this run needs, by dotted name. Equal values fit; an `Extendable` decides itself.
         directory: For the message.
 
     Raises:
@@ -117,11 +126,18 @@ def check_fit(info: CheckpointInfo, fit: Mapping[str, Any], directory: Path) -> 
     """
     written = dict(info.fit)
     wanted = json.loads(json.dumps(fit))
-    names = [n for n in sorted({*written, *wanted}) if written.get(n) != wanted.get(n)]
-    if names:
-        lines = "".join(
-            f"\n  {n}: checkpoint {written.get(n)!r}, this run {wanted.get(n)!r}" for n in names
-        )
+    faults = []
+    for name in sorted({*written, *wanted}):
+        value = fit.get(name)
+        if isinstance(value, Extendable):
+            conflict = value.conflict(written.get(name), consumed_sequences=info.consumed_sequences)
+            faults += [f"{name}: {conflict}"] if conflict else []
+        elif written.get(name) != wanted.get(name):
+            faults.append(
+                f"{name}: checkpoint {written.get(name)!r}, this run {wanted.get(name)!r}"
+            )
+    if faults:
+        lines = "".join(f"\n  {fault}" for fault in faults)
         raise CheckpointError(
             f"{directory}: does not fit this configuration:{lines}\n"
             "Restore these settings, or start anew with checkpoint.resume=never and another "

@@ -4,28 +4,43 @@ Wiring only: the batch source is a blend, the objective is the next token, valid
 byte of every source.
 """
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_cgn.batch import TokenBatch
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.config.validate import validate_steps
-from megatron_cgn.data.blend import SourceAccount, plan_sources, train_sequences_for_epochs
+from megatron_cgn.data.account import ACCOUNT_FILE, account_of, describe, write_account
+from megatron_cgn.data.blend import Blend
+from megatron_cgn.data.history import BlendHistory
 from megatron_cgn.data.loader import SequentialLoader, ValidationLoader
-from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data, together
+from megatron_cgn.data.pretrain import (
+    PretrainingData,
+    build_pretraining_data,
+    plan_pretraining,
+    together,
+)
+from megatron_cgn.engine.checkpoint import read_info
 from megatron_cgn.engine.engine import Engine
+from megatron_cgn.engine.schedule import learning_rate
 from megatron_cgn.engine.trainer import Schedule, Trainer
+from megatron_cgn.errors import ConfigError
 from megatron_cgn.eval.bits_per_byte import HeldOutScore, score_held_out
 from megatron_cgn.objectives.next_token import NextToken
+from megatron_cgn.parallel.reduce import first_problem
 from megatron_cgn.parallel.state import ParallelState, initialize_parallel
 from megatron_cgn.stages import common
 from tokenizer.wrapper import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_PLAN = "data.plan"
 
 
 def run(run: RunConfig) -> None:
@@ -42,50 +57,29 @@ def run(run: RunConfig) -> None:
     tokenizer = Tokenizer.from_pretrained(common.model_path(run))
     common.check_start(run, architecture, tokenizer)
     state = initialize_parallel(run.parallel)
-    total_steps = together(lambda: count_steps(run, tokenizer), None)
-    validate_steps(run, total_steps)
+    plan = together(lambda: plan_pretraining(run, tokenizer=tokenizer), None)
+    validate_steps(run, plan.total_steps)
     data = build_pretraining_data(
-        run.data,
-        tokenizer=tokenizer,
-        train_sequences=total_steps * run.train.global_batch_size,
-        seed=run.seed,
+        plan,
+        eod_id=tokenizer.eod_id,
         cache_dir=run.data.cache_dir or Path(run.output_dir) / "cache",
     )
-    engine = Engine(run, architecture, state, total_steps=total_steps)
+    engine = Engine(run, architecture, state, total_steps=plan.total_steps)
     common.load_start(engine)
     engine.prepare_training()
     _train(engine, data, tokenizer)
     common.show_outcome(run, common.export(engine))
 
 
-def count_steps(run: RunConfig, tokenizer: Tokenizer) -> int:
-    """Optimizer steps of the run.
-
-    Args:
-        run: The configuration, with ``train.train_iters`` or ``train.epochs``.
-        tokenizer: Whose indices the sources must be.
-
-    Returns:
-        ``train.train_iters``, or the whole steps that ``train.epochs`` hold, at least one.
-    """
-    if run.train.train_iters is not None:
-        return run.train.train_iters
-    assert run.train.epochs is not None, "configuration validation demands one of them"
-    plans = plan_sources(run.data, tokenizer_fingerprint=tokenizer.fingerprint())
-    sequences = train_sequences_for_epochs(
-        plans, epochs=run.train.epochs, seq_length=run.data.seq_length
-    )
-    return max(1, sequences // run.train.global_batch_size)
-
-
 def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
     run = engine.run
     byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths().copy())
+    eod_id = tokenizer.eod_id if run.data.reset_attention_mask else None
 
     def validate() -> dict[str, float]:
         scores: dict[str, HeldOutScore] = {
             name: score_held_out(engine, loader, byte_lengths)
-            for name, loader in _validation_loaders(run, data, engine.state).items()
+            for name, loader in _validation_loaders(run, data, engine.state, eod_id).items()
         }
         return {
             f"val/{name}/{metric}": getattr(score, metric)
@@ -93,10 +87,15 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
             for metric in ("loss", "bits_per_byte")
         }
 
-    source = common.model_path(run)
+    def write_beside(target: Path) -> None:
+        """Fill a checkpoint's ``hf/``, and write what it has consumed next to it."""
+        common.copy_hf_files(common.model_path(run), target)
+        account = account_of(data.blend, consumed=engine.consumed_sequences)
+        write_account(target.parent / ACCOUNT_FILE, account)
+
     trainer = Trainer[TokenBatch](
         engine,
-        NextToken(),
+        NextToken(data.source_names),
         schedule=Schedule(
             total_steps=engine.total_steps,
             log_interval=run.train.log_interval_steps,
@@ -105,7 +104,7 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         ),
         checkpoint_dir=common.checkpoint_dir(run),
         fit=_fit(engine, data, tokenizer),
-        hf_files=lambda target: common.copy_hf_files(source, target),
+        hf_files=write_beside,
         validate=validate,
     )
     resumed = trainer.resume(run.checkpoint.resume)
@@ -114,9 +113,12 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         tokens_per_step=run.train.global_batch_size * run.data.seq_length,
         resumed_from=resumed,
     )
-    for callback in callbacks:
-        callback.on_message(common.describe_engine(engine))
-        callback.on_message(_describe(data.account))
+    messages = [common.describe_engine(engine), *describe(data.blend)]
+    if resumed is not None:
+        messages += _describe_change(engine, data.blend, read_info(resumed).fit)
+    for callback, message in itertools.product(callbacks, messages):
+        callback.on_message(message)
+    _write_plan(run, data.blend)
     loader = SequentialLoader(
         data.train,
         micro_batch_size=run.train.micro_batch_size,
@@ -125,12 +127,13 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         dp_size=engine.state.dp_size,
         start_sequence=engine.consumed_sequences,
         num_workers=run.data.num_workers,
+        eod_id=eod_id,
     )
     trainer.fit(iter(loader), callbacks)
 
 
 def _validation_loaders(
-    run: RunConfig, data: PretrainingData, state: ParallelState
+    run: RunConfig, data: PretrainingData, state: ParallelState, eod_id: int | None
 ) -> dict[str, ValidationLoader]:
     return {
         name: ValidationLoader(
@@ -139,24 +142,49 @@ def _validation_loaders(
             dp_rank=state.dp_rank,
             dp_size=state.dp_size,
             max_sequences=run.train.validation_sequences,
+            eod_id=eod_id,
         )
         for name, windows in data.validation.items()
     }
 
 
-def _describe(account: Sequence[SourceAccount]) -> str:
-    """Say what the run will read of each source."""
-    width = max(len(a.name) for a in account)
-    return "\n".join(
-        f"source {a.name:<{width}}  {a.share:6.1%} of training  {a.sequences:,} sequences, "
-        f"{a.epochs:.2f} epochs of {a.training_tokens:,} tokens; "
-        f"{a.validation_tokens:,} tokens held out"
-        for a in account
+def _write_plan(run: RunConfig, blend: Blend) -> None:
+    """Write what the run will read. Collective over all ranks."""
+    problem: str | None = None
+    if dist.get_rank() == 0:
+        try:
+            write_account(Path(run.output_dir) / ACCOUNT_FILE, account_of(blend))
+        except OSError as error:
+            problem = str(error)
+    if first := first_problem(problem):
+        raise ConfigError(
+            f"output_dir: {run.output_dir}/{ACCOUNT_FILE} cannot be written ({first}). Free space, "
+            "or choose another directory."
+        )
+
+
+def _describe_change(engine: Engine, blend: Blend, fit: Mapping[str, Any]) -> Iterator[str]:
+    """Say what another length than the checkpoint's changes from here on."""
+    before = Blend.from_record(fit[_PLAN])
+    steps = before.sequences // before.global_batch_size
+    if steps == engine.total_steps:
+        return
+    old, new = (
+        learning_rate(engine.step, engine.run.optim, total_steps=total)
+        for total in (steps, engine.total_steps)
+    )
+    yield (
+        f"the run now has {engine.total_steps:,} steps instead of {steps:,}: the learning rate "
+        f"follows the schedule of the new length, and is {new:.3g} at step {engine.step + 1:,} "
+        f"instead of {old:.3g}"
     )
 
 
 def _fit(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that decides which sequences come when, besides the model itself."""
+    """Everything that decides which sequences come when, besides the model itself.
+
+    Of the plan only what has been consumed must stay, hence its own rule.
+    """
     run = engine.run
     return common.base_fit(
         engine.architecture,
@@ -165,10 +193,6 @@ def _fit(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> dict[st
             "seed": run.seed,
             "data.seq_length": run.data.seq_length,
             "train.global_batch_size": run.train.global_batch_size,
-            "train_sequences": engine.total_steps * run.train.global_batch_size,
-            "data.sources": [
-                [a.name, a.share, a.training_documents, a.training_tokens, a.digest]
-                for a in data.account
-            ],
+            _PLAN: BlendHistory(data.blend),
         },
     )

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_cgn.config.schema import DataConfig, SourceConfig
+from megatron_cgn.config.schema import DataConfig, RunConfig, SourceConfig, TrainConfig
 from megatron_cgn.data import pretrain, windows
-from megatron_cgn.data.pretrain import build_pretraining_data
+from megatron_cgn.data.pretrain import build_pretraining_data, plan_pretraining, together
 from megatron_cgn.errors import DataError
 from megatron_cgn.testing import run_distributed
 from tests.unit.data_samples import byte_level_tokenizer, numbered_documents, write_index
@@ -19,13 +19,13 @@ def build(folder: Path, name: str, cache: str) -> list[list[int]]:
         SourceConfig(name="a", path=str(folder / name), weight=0.7),
         SourceConfig(name="b", path=str(folder / "b"), weight=0.3),
     )
-    data = build_pretraining_data(
-        DataConfig(sources=sources, seq_length=8, validation_fraction=0.1),
-        tokenizer=tokenizer,
-        train_sequences=60,
+    run = RunConfig(
+        data=DataConfig(sources=sources, seq_length=8, validation_fraction=0.1),
+        train=TrainConfig(train_iters=60, global_batch_size=1),
         seed=3,
-        cache_dir=folder / cache,
     )
+    plan = together(lambda: plan_pretraining(run, tokenizer=tokenizer), None)
+    data = build_pretraining_data(plan, eod_id=tokenizer.eod_id, cache_dir=folder / cache)
     return [data.train[i]["tokens"].tolist() for i in range(60)]
 
 
@@ -50,17 +50,17 @@ def every_rank(folder: Path) -> tuple[list[list[int]], list[str]]:
 def late_faults(folder: Path) -> list[str]:
     """Rank 1 alone loses what it reads, after the sources have been checked."""
     messages = []
-    real = {"map_tokens": windows.map_tokens, "open_cache": pretrain.open_cache}
+    real = {"map_tokens": windows.map_tokens, "SampleReader": pretrain.SampleReader}
 
-    def missing(*arguments: object) -> None:
+    def missing(*arguments: object, **more: object) -> None:
         raise DataError("held-out tokens are gone")
 
-    def stale(*arguments: object) -> None:
+    def stale(*arguments: object, **more: object) -> None:
         raise OSError(116, "Stale file handle")
 
     for module, name, fault in (
         (windows, "map_tokens", missing),
-        (pretrain, "open_cache", stale),
+        (pretrain, "SampleReader", stale),
     ):
         if dist.get_rank() == 1:
             setattr(module, name, fault)

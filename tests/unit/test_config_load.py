@@ -47,7 +47,7 @@ def test_overrides_arrive_with_their_types() -> None:
     assert run.output_dir == "runs/x"
     assert run.data.sources == (
         SourceConfig(name="a", path="p/a", weight=0.8),
-        SourceConfig(name="b", path="p/b", weight=1.0),
+        SourceConfig(name="b", path="p/b", weight=None),
     )
 
 
@@ -108,7 +108,7 @@ def test_all_unknown_keys_are_named_at_once(plus: str) -> None:
         ("train.micro_batch_size={a: 1}", ["train.micro_batch_size", "integer", "{'a': 1}"]),
         ("seed={a: 1}", ["seed", "integer"]),
         ("data.sources=abc", ["data.sources", "'abc'"]),
-        ("data.sources=[{name: a}]", ["data.sources.0.path", "required"]),
+        ("data.sources=[{path: a}]", ["data.sources.0.name", "required"]),
         ("+seed.foo=1", ["seed"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every rule of `validate.py` has a case that breaks it, and nothing else."""
+"""Every rule of `validate.py` and `data_rules.py` has a case that breaks it, and nothing else."""
 
 import ast
 import dataclasses
@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from megatron_cgn.config import validate as module
+from megatron_cgn.config import data_rules
+from megatron_cgn.config import validate as validate_module
 from megatron_cgn.config.schema import (
     DataConfig,
+    FileConfig,
     ModelConfig,
     OptimConfig,
+    PhaseConfig,
     RunConfig,
     SourceConfig,
     TrainConfig,
@@ -58,6 +61,16 @@ def _source(**changes: Any) -> SourceConfig:
     return dataclasses.replace(SourceConfig(name="domain", path="data/domain"), **changes)
 
 
+def _files(name: str, *paths: str, weights: tuple[float | None, ...] | None = None) -> SourceConfig:
+    files = zip(paths, weights or (None,) * len(paths), strict=True)
+    return SourceConfig(name=name, files=tuple(FileConfig(path=p, weight=w) for p, w in files))
+
+
+def _phases(*phases: tuple[float | None, dict[str, float]]) -> tuple[PhaseConfig, ...]:
+    return tuple(PhaseConfig(until=until, mix=mix) for until, mix in phases)
+
+
+EPOCHS = {"train.train_iters": None, "train.epochs": 2.0}
 TP, PP, CP = (f"parallel.{n}_parallel_size" for n in ("tensor_model", "pipeline_model", "context"))
 VP = "parallel.virtual_pipeline_model_parallel_size"
 PP2 = {PP: 2, VP: 2}
@@ -165,6 +178,123 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         {"data.sources": (_source(weight=0.0, validation_path="data/held_out"),)},
         1,
         ["data.sources", "every weight is 0"],
+    ),
+    "no-path": ({"data.sources": (_source(path=None),)}, 1, ["[domain]", "neither of path and"]),
+    "path-and-files": (
+        {"data.sources": (_source(files=(FileConfig(path="b"),)),)},
+        1,
+        ["[domain]", "both of path and files"],
+    ),
+    "same-path-as-a-file": (
+        {"data.sources": (_source(), _files("b", "data/domain", "data/b"))},
+        1,
+        ["data/domain", "2 times"],
+    ),
+    "some-file-weights": (
+        {"data.sources": (_files("a", "x", "y", weights=(1.0, None)),)},
+        1,
+        ["data.sources[a].files", "some have a weight"],
+    ),
+    "no-file-weight": (
+        {"data.sources": (_files("a", "x", "y", weights=(1.0, 0.0)),)},
+        1,
+        ["data.sources[a].files[y].weight=0.0", "above 0"],
+    ),
+    "weight-and-mix": (
+        {"data.sources": (_source(weight=1.0),), "data.mix": {"domain": 1.0}},
+        1,
+        ["data.sources[domain].weight=1.0", "Remove the weight"],
+    ),
+    "weight-and-phases": (
+        {"data.sources": (_source(weight=0.0),), "data.phases": _phases((None, {"domain": 1.0}))}
+        | {"data.validation_fraction": 0.1},
+        1,
+        ["data.sources[domain].weight=0.0", "Remove the weight"],
+    ),
+    "mix-and-phases": (
+        {"data.mix": {"domain": 1.0}, "data.phases": _phases((None, {"domain": 1.0}))},
+        1,
+        ["data.mix, data.phases: both given"],
+    ),
+    "empty-mix": ({"data.mix": {}}, 1, ["data.mix: is empty", "{domain: 1.0}"]),
+    "unknown-in-mix": (
+        {"data.mix": {"domain": 0.8, "genral": 0.2}},
+        1,
+        ["data.mix.genral", "choose from 'domain'"],
+    ),
+    "zero-in-mix": ({"data.mix": {"domain": 0.0}}, 1, ["data.mix.domain: 0.0", "above 0"]),
+    "nan-in-mix": ({"data.mix": {"domain": math.nan}}, 1, ["data.mix.domain: nan", "finite"]),
+    "in-no-mix": (
+        {"data.sources": (_source(), _source(name="b", path="b")), "data.mix": {"b": 1.0}},
+        1,
+        ["data.sources[domain]: is in no mix", "no effect"],
+    ),
+    "phase-without-end": (
+        {"data.phases": _phases((None, {"domain": 1.0}), (None, {"domain": 1.0}))},
+        1,
+        ["data.phases.0.until: None", "only the last phase"],
+    ),
+    "first-phase-is-all": (
+        {"data.phases": _phases((1.0, {"domain": 1.0}), (None, {"domain": 1.0}))},
+        1,
+        ["data.phases.0.until: 1.0", "only the last phase"],
+    ),
+    "last-phase-ends-early": (
+        {"data.phases": _phases((0.5, {"domain": 1.0}), (0.9, {"domain": 1.0}))},
+        1,
+        ["data.phases.1.until: 0.9", "end of the run"],
+    ),
+    "phases-in-disorder": (
+        {
+            "data.phases": _phases(
+                (0.5, {"domain": 1.0}), (0.5, {"domain": 1.0}), (1, {"domain": 1.0})
+            )
+        },
+        1,
+        ["data.phases.1.until: 0.5", "above 0.5"],
+    ),
+    "part-of-a-step": (
+        {"data.phases": _phases((2.5, {"domain": 1.0}), (None, {"domain": 1.0}))},
+        1,
+        ["data.phases.0.until: 2.5", "whole number"],
+    ),
+    "fractions-and-steps": (
+        {
+            "data.phases": _phases(
+                (0.5, {"domain": 1.0}), (90, {"domain": 1.0}), (None, {"domain": 1.0})
+            )
+        },
+        1,
+        ["data.phases", "one kind"],
+    ),
+    "epochs-of-without-epochs": (
+        {"data.epochs_of": "domain", "data.mix": {"domain": 1.0}},
+        1,
+        ["data.epochs_of: 'domain'", "no effect without train.epochs"],
+    ),
+    "epochs-of-without-mix": (
+        {"data.epochs_of": "domain", **EPOCHS},
+        1,
+        ["data.epochs_of: 'domain'", "no effect without data.mix"],
+    ),
+    "epochs-of-what": (
+        {"data.sources": (_source(name="b"),), "data.mix": {"b": 1.0}, **EPOCHS},
+        1,
+        ["data.epochs_of: not set", "name one of 'b'"],
+    ),
+    "epochs-of-another": (
+        {"data.epochs_of": "c", "data.mix": {"domain": 1.0}, **EPOCHS},
+        1,
+        ["data.epochs_of: c", "name one of 'domain'"],
+    ),
+    "epochs-that-never-end": (
+        {
+            "data.sources": (_source(), _source(name="b", path="b")),
+            "data.phases": _phases((9, {"domain": 1.0}), (None, {"b": 1.0})),
+            **EPOCHS,
+        },
+        1,
+        ["data.epochs_of: 'domain'", "last phase", "train.train_iters"],
     ),
     "slash-in-name": (
         {"data.sources": (_source(name="a/b"),)},
@@ -282,6 +412,25 @@ def _message(call: Callable[[], None]) -> str:
             1,
         ),
         ({"optim.min_lr": 1e-5, "optim.schedule": "constant"}, 1),
+        ({"data.mix": {"domain": 80.0}, **EPOCHS}, 1),
+        ({"data.sources": (_files("b", "x", "y"),), "data.mix": {"b": 1.0}}, 1),
+        (
+            {
+                "data.sources": (_files("b", "x", "y", weights=(1.0, 2.0)), _source()),
+                "data.phases": _phases((9, {"b": 1.0}), (20, {"domain": 1.0}), (1, {"b": 1.0})),
+                "data.epochs_of": "b",
+                **EPOCHS,
+            },
+            1,
+        ),
+        (
+            {
+                "data.sources": (_source(), _source(name="b", path="b")),
+                "data.phases": _phases((0.5, {"domain": 1.0}), (1.0, {"b": 1.0})),
+                **EPOCHS,
+            },
+            1,
+        ),
     ],
 )
 def test_valid_configurations_pass(changes: dict[str, Any], world_size: int) -> None:
@@ -342,12 +491,14 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_every_rule_has_a_case() -> None:
     """Each `yield` of a message runs in some case above; a new rule without one fails here."""
-    reached: set[int] = set()
+    modules = (validate_module, data_rules)
+    files = {module.__file__ for module in modules}
+    reached: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename != module.__file__:
+        if frame.f_code.co_filename not in files:
             return None
-        reached.add(frame.f_lineno)
+        reached.add((frame.f_code.co_filename, frame.f_lineno))
         return trace
 
     previous = sys.gettrace()
@@ -361,15 +512,14 @@ def test_every_rule_has_a_case() -> None:
                 validate_architecture(_changed(changes), model)
     finally:
         sys.settrace(previous)
-    tree = ast.parse(inspect.getsource(module))
-    yields = [node for node in ast.walk(tree) if isinstance(node, ast.Yield)]
-    assert len(yields) > 40
-    missed = [
-        n.lineno
-        for n in yields
-        if not reached & set(range(n.lineno, (n.end_lineno or n.lineno) + 1))
-    ]
-    assert missed == []
+    found = []
+    for module in modules:
+        nodes = ast.walk(ast.parse(inspect.getsource(module)))
+        for node in (n for n in nodes if isinstance(n, ast.Yield)):
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            found.append((module.__name__, lines, {(module.__file__, k) for k in lines}))
+    assert len(found) > 50
+    assert [(name, lines) for name, lines, places in found if not reached & places] == []
 
 
 def test_a_schedule_longer_than_the_epochs_is_refused() -> None:

@@ -1,19 +1,23 @@
 """The training blend: proportions, epochs, order, and a cache that is never stale or half-built."""
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
-from torch.utils.data import Dataset
+from numpy.typing import NDArray
 
-from megatron_cgn.config.schema import DataConfig, SourceConfig
-from megatron_cgn.data.gpt_blend import BlendRecipe
-from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data
-from megatron_cgn.data.windows import Sample
+from megatron_cgn.config.schema import (
+    DataConfig,
+    FileConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from megatron_cgn.data.account import account_of
+from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data, plan_pretraining
 from megatron_cgn.errors import DataError
 from tests.unit.data_samples import byte_level_tokenizer, numbered_documents, write_index
 from tokenizer.wrapper import Tokenizer
@@ -59,11 +63,15 @@ class World:
             SourceConfig(name=name, path=str(self.folder / name), weight=weight)
             for name, weight in weights.items()
         )
+        data = DataConfig(sources=sources, seq_length=SEQ, validation_fraction=fraction)
+        return self.build_from(data, sequences, seed=seed)
+
+    def build_from(self, data: DataConfig, sequences: int, *, seed: int = 1) -> PretrainingData:
+        train = TrainConfig(train_iters=sequences, global_batch_size=1)
+        run = RunConfig(data=data, train=train, seed=seed)
         return build_pretraining_data(
-            DataConfig(sources=sources, seq_length=SEQ, validation_fraction=fraction),
-            tokenizer=self.tokenizer,
-            train_sequences=sequences,
-            seed=seed,
+            plan_pretraining(run, tokenizer=self.tokenizer),
+            eod_id=self.tokenizer.eod_id,
             cache_dir=self.folder / "cache",
         )
 
@@ -74,13 +82,19 @@ def world(tmp_path: Path, tokenizer: Tokenizer) -> World:
 
 
 def rows(data: PretrainingData) -> list[list[int]]:
-    return [data.train[i]["tokens"].tolist() for i in range(len(data.train))]  # type: ignore[arg-type]
+    return [data.train[i]["tokens"].tolist() for i in range(len(data.train))]
+
+
+def sequences_of(data: PretrainingData) -> list[int]:
+    """What each source gives, by the account."""
+    return [source["sequences"] for source in account_of(data.blend)["sources"]]
 
 
 def test_samples_are_what_the_engine_expects(world: World) -> None:
     data = world.build(20, a=1.0)
     sample = data.train[0]
-    assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids", "source"}
+    assert sample["source"].dtype == torch.int64 and sample["source"].shape == ()
     assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
     assert sample["loss_mask"].dtype == torch.float32
     assert sample["loss_mask"].tolist() == [1.0] * SEQ
@@ -110,27 +124,26 @@ def test_the_second_epoch_comes_after_the_first(world: World) -> None:
 
 @pytest.mark.parametrize("sequences", [100, 1000])
 def test_blend_follows_the_weights_throughout(world: World, sequences: int) -> None:
-    data = world.build(sequences, a=4.0, b=0.9, c=0.1)
+    data = world.build(sequences, c=0.1, a=4.0, b=0.9)
     source = np.array([row[SEQ // 2] // 10_000 for row in rows(data)])
-    for end in range(50, sequences + 1, 50):
+    for end in range(1, sequences + 1):
         for place, share in enumerate((0.8, 0.18, 0.02)):
-            assert abs(np.sum(source[:end] == place) - share * end) < 2
-    account = {entry.name: entry for entry in data.account}
-    for place, name in enumerate("abc"):
-        assert account[name].sequences == np.sum(source == place)
-        expected = account[name].sequences * SEQ / len(world.tokens(name))
-        assert account[name].epochs == pytest.approx(expected)
+            assert abs(np.sum(source[:end] == place) - share * end) <= 1
+    assert data.source_names == ("c", "a", "b")
+    for i in range(0, sequences, 7):
+        assert "abc"[source[i]] == data.source_names[int(data.train[i]["source"])]
+    for account in account_of(data.blend)["sources"]:
+        drawn = int(np.sum(source == "abc".index(account["name"])))
+        assert (account["sequences"], account["tokens"]) == (drawn, drawn * SEQ)
+        assert account["epochs"] == drawn * SEQ / len(world.tokens(account["name"]))
 
 
 def test_fewer_sequences_than_sources(world: World) -> None:
-    data = world.build(1, a=0.5, b=0.5)
-    assert [entry.sequences for entry in data.account] == [1, 0]
-    assert len(data.train) == 1  # type: ignore[arg-type]
+    assert sequences_of(world.build(1, a=0.6, b=0.4)) == [1, 0]
     data = world.build(2, a=0.1, b=0.5, c=0.4)
-    assert [entry.sequences for entry in data.account] == [0, 1, 1]
+    assert sequences_of(data) == [0, 1, 1]
     assert sorted(row[0] // 10_000 for row in rows(data)) == [1, 2]
-    data = world.build(10, a=1.0, b=1e-6)  # Megatron draws every source once, early on
-    assert [entry.sequences for entry in data.account] == [9, 1]
+    assert sequences_of(world.build(10, a=1.0, b=1e-6)) == [10, 0]
 
 
 def test_held_out_documents_are_never_trained_on(world: World) -> None:
@@ -172,26 +185,30 @@ def test_a_rewritten_source_is_not_read_through_an_old_index(world: World) -> No
 
 def test_the_cache_is_used_and_appears_whole(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    original = GPTDataset._get_num_epochs
+    original = np.save
 
-    def counted(self: GPTDataset, tokens: int) -> int:
+    def counted(file: BinaryIO, array: NDArray[np.int32]) -> None:
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) == 2:
+            file.write(b"half")
             raise OSError(28, "No space left on device")
-        return original(self, tokens)
+        original(file, array)
 
-    monkeypatch.setattr(GPTDataset, "_get_num_epochs", counted)
+    monkeypatch.setattr(np, "save", counted)
     with pytest.raises(DataError, match=r"cache: cannot write the shuffled indices \(No space"):
         world.build(50, a=1.0)
     assert not list(world.folder.glob("cache/*"))
     world.build(50, a=1.0)
-    assert len(calls) == 2
-    world.build(50, a=1.0)
-    assert len(calls) == 2
+    assert len(calls) == 4
+    world.build(70, a=1.0)
+    assert len(calls) == 4
     (folder,) = (world.folder / "cache").iterdir()
-    damaged = next(folder.glob("*shuffle_index.npy"))
+    damaged = folder / "starts.npy"
     damaged.write_bytes(damaged.read_bytes()[:20])
-    with pytest.raises(DataError, match=r"pretrain-.*cannot read the shuffled indices.*Delete"):
+    with pytest.raises(DataError, match=r"order-.*cannot read the shuffled indices.*Delete"):
+        world.build(50, a=1.0)
+    original(damaged, np.zeros((3, 2), dtype=np.int32))
+    with pytest.raises(DataError, match=r"other shapes.*Delete"):
         world.build(50, a=1.0)
 
 
@@ -205,24 +222,54 @@ def test_more_epochs_than_documents_of_a_tiny_source(world: World) -> None:
     world.documents["c"] = [[20_001, 20_002]]
     world.write("c")
     data = world.build(64, a=0.5, c=0.5)
-    assert data.account[1].epochs == pytest.approx(32 * SEQ / 2)
-    assert sum(row[0] > 20_000 for row in rows(data)) == 32
+    assert sequences_of(data) == [32, 32]
+    for row in rows(data):
+        assert row[0] < 20_000 or set(row) == {20_001, 20_002}
 
 
 def test_runs_with_equal_process_ids_build_the_cache_apart(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two containers that share a cache: the second must not remove what the first builds."""
-    folders: list[Path] = []
-    original = BlendRecipe.open
+    renamed: list[Path] = []
+    original = Path.rename
 
-    def opened(self: BlendRecipe, drawn: Sequence[int], folder: Path) -> Dataset[Sample]:
-        folders.append(folder)
-        if len(folders) == 1:
+    def rename(self: Path, target: Path) -> Path:
+        renamed.append(self)
+        if len(renamed) == 1:
             world.build(50, a=1.0)
-        return original(self, drawn, folder)
+        return original(self, target)
 
-    monkeypatch.setattr(BlendRecipe, "open", opened)
-    world.build(50, a=1.0)
-    assert folders[0] != folders[1]
+    monkeypatch.setattr(Path, "rename", rename)
+    assert len(rows(world.build(50, a=1.0))) == 50
+    assert len(set(renamed)) == 2
     assert len(list((world.folder / "cache").iterdir())) == 1
+
+
+def test_files_of_a_source_and_what_they_hold_out(world: World) -> None:
+    """Each file is read equally often unless weights say otherwise, and gives up its own end."""
+    paths = [str(world.folder / name) for name in "bc"]
+    sizes = [len(world.tokens(name)) for name in "bc"]
+    plain = SourceConfig(name="both", files=tuple(FileConfig(path=path) for path in paths))
+    found = world.build_from(DataConfig(sources=(plain,), seq_length=SEQ), 200)
+    (source,) = account_of(found.blend)["sources"]
+    for file, size in zip(source["files"], sizes, strict=True):
+        assert abs(file["sequences"] - 200 * size / sum(sizes)) <= 0.5
+    weighted = tuple(FileConfig(path=p, weight=w) for p, w in zip(paths, (1, 3), strict=True))
+    data = DataConfig(
+        sources=(SourceConfig(name="both", files=weighted),),
+        seq_length=SEQ,
+        validation_fraction=0.2,
+    )
+    found = world.build_from(data, 200)
+    (source,) = account_of(found.blend)["sources"]
+    assert [file["sequences"] for file in source["files"]] == [50, 150]
+    held_out = [
+        t for name, n in (("b", 5), ("c", 2)) for d in world.documents[name][-n:] for t in d
+    ]
+    windows = found.validation["both"]
+    counted = [
+        w["labels"][w["loss_mask"].bool()] for w in (windows[i] for i in range(len(windows)))
+    ]
+    assert torch.cat(counted).tolist() == held_out
+    assert not {t for row in rows(found) for t in row} & set(held_out)

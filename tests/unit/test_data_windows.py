@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_cgn.data.blend import Documents
 from megatron_cgn.data.indexed import check_index
+from megatron_cgn.data.sources import Documents
 from megatron_cgn.data.windows import WindowDataset
 from tests.unit.data_samples import numbered_documents, write_index
 
@@ -25,9 +25,10 @@ def test_every_token_counts_once(tmp_path: Path, data: st.DataObject) -> None:
     seq_length = data.draw(st.integers(1, 20))
     documents = numbered_documents(lengths)
     index = check_index(write_index(tmp_path / "p", documents, overwrite=True))
-    windows = WindowDataset(
-        Documents(index=index, start=start, stop=stop), seq_length=seq_length, eod_id=EOD
-    )
+    middle = data.draw(st.integers(start, stop))  # over the end of one of two files
+    bounds = [(start, middle), (middle, stop)]
+    parts = [Documents(index=index, start=a, stop=b) for a, b in bounds]
+    windows = WindowDataset(parts, seq_length=seq_length, eod_id=EOD)
     held_out = [token for document in documents[start:stop] for token in document]
 
     scored, inputs, total = [], [], 0
@@ -49,7 +50,7 @@ def test_every_token_counts_once(tmp_path: Path, data: st.DataObject) -> None:
 
 def test_outside_is_an_index_error(tmp_path: Path) -> None:
     index = check_index(write_index(tmp_path / "p", [[1, 2, 3]]))
-    windows = WindowDataset(Documents(index=index, start=0, stop=1), seq_length=2, eod_id=EOD)
+    windows = WindowDataset([Documents(index=index, start=0, stop=1)], seq_length=2, eod_id=EOD)
     assert len(windows) == 2
     for outside in (-1, 2):
         with pytest.raises(IndexError):

@@ -1,0 +1,174 @@
+"""How much of every source a run reads, or has read: exact counts, as JSON and as a table."""
+
+import json
+import os
+import unicodedata
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megatron_cgn.data.blend import Blend, BlendFile
+
+ACCOUNT_FILE = "blend.json"
+"""Name of the account, in a run's directory as planned and in a checkpoint as consumed."""
+MANY_EPOCHS = 4
+"""Passes beyond which repeated data teaches little more than none: Muennighoff et al. 2023,
+https://arxiv.org/abs/2305.16264."""
+
+
+def account_of(blend: Blend, *, consumed: int | None = None) -> dict[str, Any]:
+    """Account for the beginning of a run, or for all of it.
+
+    ``sequences`` and ``tokens`` are exact: counted, not estimated. ``tokens`` are labels, each
+    predicted once.
+
+    Args:
+        blend: The plan.
+        consumed: Sequences read so far; None for all that are planned.
+
+    Returns:
+        JSON: in all, by source and file, and the same of every phase that has begun.
+    """
+    total = blend.sequences if consumed is None else consumed
+    return {
+        "format": 1,
+        "seed": blend.seed,
+        "seq_length": blend.seq_length,
+        "global_batch_size": blend.global_batch_size,
+        "planned_sequences": blend.sequences,
+        **_amount(blend, total),
+        "sources": _by_source(blend, 0, total, shares=None),
+        "phases": [
+            {
+                "first_step": phase.start // blend.global_batch_size + 1,
+                "last_step": -(-phase.stop // blend.global_batch_size),
+                **_amount(blend, phase.stop - phase.start),
+                "sources": _by_source(blend, phase.start, phase.stop, shares=phase.shares),
+            }
+            for phase in blend.clip(total)
+        ],
+    }
+
+
+def write_account(path: Path, account: Mapping[str, Any]) -> None:
+    """Write an account; the file appears only when it is whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(account, stream, ensure_ascii=False, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe(blend: Blend) -> Iterator[str]:
+    """Say in lines of text what a run will read.
+
+    Args:
+        blend: The plan.
+
+    Yields:
+        A table, one line a source or file and phase; then a warning a source that is repeated
+        too often.
+    """
+    account = account_of(blend)
+    rows: list[tuple[str, ...]] = [("mix", "share", "sequences", "tokens", "epochs", "held out")]
+    held_out = {source.name: source.held_out_tokens for source in blend.sources}
+    for number, phase in enumerate(account["phases"], 1):
+        if len(account["phases"]) > 1:
+            steps = f"steps {phase['first_step']:,}-{phase['last_step']:,}"
+            rows.append((f"phase {number}: {steps}", "", "", "", "", ""))
+        for source in phase["sources"]:
+            rows.append((source["name"], *_cells(source), f"{held_out[source['name']]:,}"))
+            if len(source["files"]) > 1:
+                rows += [(f"  {f['path']}", *_cells(f), "") for f in source["files"]]
+    read = {source["name"]: source["epochs"] for source in account["sources"]}
+    rows += [
+        (name, "0.0%", "0", "0", "0.00", f"{tokens:,}")
+        for name, tokens in held_out.items()
+        if not read[name]
+    ]
+    yield "\n".join(_aligned(rows))
+    for name, epochs in read.items():
+        if epochs > MANY_EPOCHS:
+            yield (
+                f"warning: the source {name!r} is read {epochs:.1f} times; beyond about "
+                f"{MANY_EPOCHS} passes repeated text teaches little. Give it more documents or a "
+                "smaller share."
+            )
+
+
+def _by_source(
+    blend: Blend, start: int, stop: int, *, shares: Mapping[str, Fraction] | None
+) -> list[dict[str, Any]]:
+    drawn = blend.drawn(start, stop)
+    result = []
+    for place, source in enumerate(blend.sources):
+        if shares is not None and source.name not in shares:
+            continue
+        sequences = [drawn[place, f] for f in range(len(source.files))]
+        share = None if shares is None else shares[source.name]
+        result.append(
+            {
+                "name": source.name,
+                **_share(share),
+                **_amount(blend, sum(sequences), source.tokens),
+                "files": [
+                    _of_file(blend, file, number, share)
+                    for file, number in zip(source.files, sequences, strict=True)
+                ],
+                **({"held_out_tokens": source.held_out_tokens} if shares is None else {}),
+            }
+        )
+    return result
+
+
+def _of_file(blend: Blend, file: BlendFile, number: int, share: Fraction | None) -> dict[str, Any]:
+    return {
+        "path": file.path,
+        "identity": file.identity,
+        "documents": file.stop - file.start,
+        "tokens_per_epoch": file.tokens,
+        **_share(None if share is None else share * file.weight),
+        **_amount(blend, number, file.tokens),
+    }
+
+
+def _share(share: Fraction | None) -> dict[str, float]:
+    return {} if share is None else {"share": float(share)}
+
+
+def _amount(blend: Blend, sequences: int, epoch: int = 0) -> dict[str, int | float]:
+    tokens = sequences * blend.seq_length
+    found: dict[str, int | float] = {"sequences": sequences, "tokens": tokens}
+    return {**found, "epochs": tokens / epoch} if epoch else found
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return (
+        f"{row['share']:.1%}",
+        f"{row['sequences']:,}",
+        f"{row['tokens']:,}",
+        f"{row.get('epochs', 0):.2f}",
+    )
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    """Lines of a table: names to the left, figures to the right."""
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    for first, *figures in rows:
+        left = first + " " * (widths[0] - _width(first))
+        right = [text.rjust(width) for text, width in zip(figures, widths[1:], strict=True)]
+        yield "  ".join([left, *right]).rstrip()
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal: Chinese characters take two."""
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
