@@ -1,0 +1,158 @@
+"""PDF to text: pages joined, repeated headers and footers left out, broken lines mended.
+
+The order of the text is the file's own. Tables come out as lines; scanned pages have no text.
+"""
+
+import re
+from collections import Counter
+from statistics import quantiles
+
+from megatron_cgn.corpus.formats.unreadable import Unreadable
+from megatron_cgn.errors import ConfigError
+
+# Lines at the top and at the bottom of a page that may be a header or footer.
+_EDGE_LINES = 3
+_REPEATED_SHARE = 0.5
+_MIN_PAGES = 3
+_DIGITS = re.compile(r"\d+")
+_NUMERAL = re.compile(
+    r"[\divxlcIVXLC第页共一二三四五六七八九十百/ .·—–-]+|page \d+( of \d+)?", re.I
+)
+_CJK = "\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CJK_LINE = re.compile(f"[{_CJK}，、；：（《“]$")
+_CJK_START = re.compile(f"^[{_CJK}，、；：）》”。！？]")
+_HYPHENATED = re.compile(r"[A-Za-z]{2,}-$")
+_LOWER = re.compile(r"^[a-z]")
+_ITEM = re.compile(
+    r"^(?:[-•·●▪*]|\(?\d+[.)、）]|第[一二三四五六七八九十百\d]+[章节条]|\d+(?:\.\d+)+\s)"
+)
+
+
+def read_pdf(path: str) -> str:
+    """Take the text out of a PDF.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The text of all pages.
+
+    Raises:
+        Unreadable: If it is damaged, encrypted, or has no text (a scan).
+        OSError: If it cannot be read.
+        ConfigError: If the library is not installed.
+    """
+    try:
+        import pypdfium2
+    except ImportError as error:
+        raise ConfigError(
+            "PDF needs the package pypdfium2: install 'megatron-cgn[corpus]'."
+        ) from error
+    with open(path, "rb"):
+        pass  # the library says "file access error" whatever the reason
+    try:
+        with pypdfium2.PdfDocument(path) as document:
+            pages = [_page_text(document, number) for number in range(len(document))]
+    except pypdfium2.PdfiumError as error:
+        if "assword" in str(error) or "ecurity" in str(error):
+            raise Unreadable("encrypted", "encrypted with a password") from error
+        raise Unreadable("damaged", f"no PDF that can be opened ({error})") from error
+    text = join_pages(pages)
+    if not text:
+        raise Unreadable(
+            "no_text", f"no text in any of its {len(pages)} pages: a scan. Recognise its text first"
+        )
+    return text
+
+
+def _page_text(document: "object", number: int) -> str:
+    from pypdfium2 import PdfDocument
+
+    assert isinstance(document, PdfDocument)
+    page = document[number]
+    text_page = page.get_textpage()
+    text: str = text_page.get_text_range()
+    text_page.close()
+    page.close()  # else a long document is held in memory whole
+    # The library's sign for a hyphen at the end of a line is U+FFFE or U+0002.
+    return re.sub("[\ufffe\x02](?:\r\n)?", "", text).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def join_pages(pages: list[str]) -> str:
+    """Join the texts of pages into one.
+
+    Args:
+        pages: Texts, lines ended by line feeds.
+
+    Returns:
+        Paragraphs without what is repeated on most pages and without page numbers.
+    """
+    lines = [[line.strip() for line in page.split("\n") if line.strip()] for page in pages]
+    repeated = _repeated(lines)
+    kept = [line for page in lines for line in _without_edges(page, repeated)]
+    return _join_lines(kept)
+
+
+def _key(line: str) -> str:
+    """A line without its page number."""
+    return _DIGITS.sub("0", " ".join(line.split()))
+
+
+def _repeated(pages: list[list[str]]) -> set[str]:
+    """Lines that most pages have at their top or bottom."""
+    filled = [page for page in pages if page]
+    if len(filled) < _MIN_PAGES:
+        return set()
+    counts = Counter(
+        key
+        for page in filled
+        for key in {_key(line) for line in page[:_EDGE_LINES] + page[-_EDGE_LINES:]}
+    )
+    return {key for key, count in counts.items() if count >= _REPEATED_SHARE * len(filled)}
+
+
+def _without_edges(page: list[str], repeated: set[str]) -> list[str]:
+    start, end = 0, len(page)
+    while start < min(end, _EDGE_LINES) and _is_edge(page[start], repeated):
+        start += 1
+    while end > max(start, len(page) - _EDGE_LINES) and _is_edge(page[end - 1], repeated):
+        end -= 1
+    return page[start:end]
+
+
+def _is_edge(line: str, repeated: set[str]) -> bool:
+    return _key(line) in repeated or (len(line) <= 16 and bool(_NUMERAL.fullmatch(line)))
+
+
+def _join_lines(lines: list[str]) -> str:
+    """Lines to paragraphs: a line that fills the page's width goes on in the next."""
+    full = 0.8 * _usual_width(lines)
+    joined: list[str] = []
+    goes_on = False
+    for line in lines:
+        if joined and goes_on and not _ITEM.match(line):
+            joined[-1] = _join(joined[-1], line)
+        elif joined and _HYPHENATED.search(joined[-1]) and _LOWER.match(line):
+            joined[-1] = _join(joined[-1], line)
+        else:
+            joined.append(line)
+        goes_on = _width(line) >= full and not re.search(r"[。！？；：.!?;:]$", line)
+    return "\n".join(joined)
+
+
+def _join(before: str, after: str) -> str:
+    if _HYPHENATED.search(before) and _LOWER.match(after):
+        return before[:-1] + after
+    if _CJK_LINE.search(before) or _CJK_START.search(after):
+        return before + after
+    return f"{before} {after}"
+
+
+def _width(line: str) -> int:
+    return sum(2 if char > "\u2e7f" else 1 for char in line)
+
+
+def _usual_width(lines: list[str]) -> float:
+    """Width of a full line: nine of ten lines are no wider."""
+    widths = [_width(line) for line in lines]
+    return quantiles(widths, n=10)[-1] if len(widths) > 1 else float("inf")

@@ -1,0 +1,85 @@
+"""``manifest.json``: what a corpus was made from, how, and what it holds.
+
+Nothing in it depends on when, where or by how many workers it was made: the same input gives the
+same bytes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_cgn.corpus.shards import Written
+from megatron_cgn.corpus.sources import Inputs, Source
+from megatron_cgn.corpus.tally import Tally
+
+FORMAT = 1
+
+
+def make_manifest(
+    *,
+    plan: dict[str, Any],
+    sources: Sequence[Source],
+    inputs: Inputs,
+    digests: Sequence[str],
+    tally: Tally,
+    files: Sequence[Written],
+) -> dict[str, Any]:
+    """Describe a corpus.
+
+    Args:
+        plan: What was to be done.
+        sources: All sources.
+        inputs: All files read.
+        digests: Their digests, in order.
+        tally: Counts of both passes.
+        files: What was written.
+
+    Returns:
+        Plain JSON.
+    """
+    return {
+        "format": FORMAT,
+        "versions": plan["versions"],
+        "settings": plan["settings"],
+        "against": sorted(plan["against"].values()),
+        "sources": [
+            {
+                "name": source.name,
+                "license": source.license,
+                "classification": source.classification,
+                "skipped": inputs.skipped.get(source.name, {}),
+                "inputs": [
+                    {"name": file.name, "bytes": file.size_bytes, "digest": digest}
+                    for file, digest in zip(inputs.files, digests, strict=True)
+                    if file.source == place
+                ],
+            }
+            for place, source in enumerate(sources)
+        ],
+        "counts": counts(tally),
+        "files": [
+            {
+                "name": file.name,
+                "documents": file.num_rows,
+                "bytes": file.num_bytes,
+                "digest": file.digest,
+            }
+            for file in files
+        ],
+    }
+
+
+def counts(tally: Tally) -> dict[str, Any]:
+    """The numbers of a tally, in an order of their own."""
+    return {
+        name: _sorted(tally.get(name, {}))
+        for name in (
+            *("documents", "characters", "dropped", "renamed", "train", "validation"),
+            *("languages", "lengths", "changes"),
+        )
+    }
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return value
