@@ -82,9 +82,9 @@ class CleanConfig:
         kinds = ("page_numbers", "contents", "navigation", "copyright")
         if unknown := sorted(set(self.remove_lines) - set(kinds)):
             yield f"clean.remove_lines: {', '.join(unknown)}; must be among {', '.join(kinds)}."
-        for name in (
-            each for each in self.__slots__ if each.endswith(("_fraction", "_confidence"))
-        ):
+        for name in (each.name for each in fields(self)):
+            if not name.endswith(("_fraction", "_confidence")):
+                continue
             if not 0 <= (value := getattr(self, name)) <= 1:
                 yield f"clean.{name}: {value}; must be between 0 and 1."
         for name in ("min_characters", "max_mean_word_length"):
@@ -115,9 +115,12 @@ class DeduplicateConfig:
     """Least Jaccard similarity of near-duplicates' n-grams, above 0 and at most 1."""
     ngram_tokens: int = 5
     """Tokens in an n-gram: Chinese characters, and words or numbers of other scripts."""
+    protect_numbers: bool = True
+    """Whether documents that differ in numbers, dates and equipment tags alone are kept, as records
+    of one form are; false suits web pages that differ in a date or a counter."""
     number_weight: int = 20
-    """How many n-grams a number, date or equipment tag counts as, so that records of one form with
-    other values are no near-duplicates; 0: numbers count like words."""
+    """How many n-grams a number, date or tag counts as, so that records of one form that differ in
+    a few words too are less alike; 0: numbers count like words."""
     num_permutations: int = 128
     """Places of a signature, of 4 bytes each: more estimate the similarity better."""
     seed: int = 0
@@ -229,7 +232,7 @@ class DecontaminateConfig:
         if self.mode not in ("drop", "cut"):
             yield f"decontaminate.mode: {self.mode}; must be drop or cut."
         if self.ngram_tokens < 2:
-            yield f"decontaminate.ngram_tokens: {self.ngram_tokens}; must be at least 2 (13 is usual)."
+            yield f"decontaminate.ngram_tokens: {self.ngram_tokens}; must be at least 2."
         if not 1 <= self.min_item_tokens <= self.ngram_tokens:
             yield (
                 f"decontaminate.min_item_tokens: {self.min_item_tokens}; must be at least 1 and at "

