@@ -73,12 +73,18 @@ _LONG_DOMAINS = frozenset(
     "shop club vip cloud ltd group store link wang ren email work company engineering energy "
     "international global systems consulting example test local corp intra internal".split()
 )
-_SPELT = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9._-]{1,40}(?: ?[\[({<](?:at|AT|@)[\])}>] ?| (?:at|AT) |#)"
+# The sign in `name [at] domain [dot] com`, `name at domain dot com` and `name#domain.com`.
+_SPELT_AT = re.compile(r" ?[\[({<](?:at|AT|@)[\])}>] ?| (?:at|AT) (?=[A-Za-z0-9-]{1,40} dot )")
+_SPELT_SIGNS = (
+    *(f"{a}{b}{c}" for a, c in ("[]", "()", "{}", "<>") for b in ("at", "AT", "@")),
+    " dot ",
+)
+# Literal first, so that `re` seeks it fast.
+_HASH = re.compile("#(?<=[A-Za-z0-9]#)(?=[A-Za-z0-9])")
+_SPELT_DOMAIN = re.compile(
     r"(?:[A-Za-z0-9-]{1,40}(?: ?[\[({<](?:dot|DOT|\.)[\])}>] ?| (?:dot|DOT) |\.)){1,4}"
     r"(?:com|cn|net|org|edu|gov|fr|de|uk|jp|ru)(?![A-Za-z0-9])"
 )
-_SPELT_SIGN = re.compile(r"[\[({<](?:at|AT|@)[\])}>]| (?:at|AT) |#[A-Za-z0-9-]+\.")
 
 _MACHINE = re.compile(
     r"ip|地址|网关|子网|服务器|主机|网段|交换机|路由|防火墙|端口|登录|访问|内网|外网|网络|"
@@ -99,6 +105,7 @@ _IPV6 = re.compile(
     r"[0-9A-Fa-f:](?<![0-9A-Za-z:.].)(?:[0-9A-Fa-f]{0,4}:){1,7}[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:.])",
     re.S,
 )
+_HEX_PAIRS = re.compile(r"[:-][0-9A-Fa-f]{2}(?=[:-])")
 _MAC = re.compile(
     r"[0-9A-Fa-f](?<![0-9A-Za-z:-].)[0-9A-Fa-f](?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![0-9A-Za-z]|[:-][0-9A-Fa-f])",
     re.S,
@@ -149,6 +156,8 @@ def telephones(view: View) -> Iterator[Span]:
     def american(match: re.Match[str]) -> Span | None:
         return (fixed if match[0][0] == "(" else labelled)(match)
 
+    if not view.has_long_number:
+        return
     for pattern in (_MOBILE, _MOBILE_ABROAD):
         yield from view.matches(pattern, mobile)
     yield from view.matches(_FIXED, fixed)
@@ -163,17 +172,29 @@ def emails(view: View) -> Iterator[Span]:
     text, end = view.text, 0
     position = text.find("@")
     while position >= 0:
-        before = text[max(end, position - 64) : position]
-        local = before[len(before.rstrip(_LOCAL_PART)) :].lstrip(".-%+")
+        local = _local_part(text, end, position)
         domain = _DOMAIN.match(text, position + 1)
         if local and domain and local != "git" and _is_domain(domain[1]):
             end = domain.end()
             start = position - len(local)
             yield Span("email", start, end, text[start:end].lower())
         position = text.find("@", position + 1)
-    if _SPELT_SIGN.search(text):
-        for match in _SPELT.finditer(text):
-            yield Span("email", match.start(), match.end(), compact(match[0]))
+    signs = [*_HASH.finditer(text)]
+    if any(sign in text for sign in _SPELT_SIGNS):
+        signs += _SPELT_AT.finditer(text)
+    for sign in signs:
+        domain = _SPELT_DOMAIN.match(text, sign.end())
+        local = _local_part(text, 0, sign.start())
+        if domain and len(local) > 1:
+            spelt = re.sub(r" ?[\[({<]?(?:dot|DOT|\.)[\])}>]? ?", ".", domain[0])
+            start = sign.start() - len(local)
+            yield Span("email", start, domain.end(), f"{local}@{spelt}".lower())
+
+
+def _local_part(text: str, begin: int, position: int) -> str:
+    """What could stand before the ``@`` at a position."""
+    before = text[max(begin, position - 64) : position]
+    return before[len(before.rstrip(_LOCAL_PART)) :].lstrip(".-%+")
 
 
 def machines(view: View) -> Iterator[Span]:
@@ -209,10 +230,12 @@ def machines(view: View) -> Iterator[Span]:
 
     if "." in view.text:
         yield from view.matches(_IPV4, ipv4)
-        yield from view.matches(_MAC_DOTS, mac_dots)
-    if ":" in view.text:
+        if view.mentions("mac", "物理地址", "硬件地址", "以太网", "网卡", "ethernet"):
+            yield from view.matches(_MAC_DOTS, mac_dots)
+    if view.text.count(":") > 1:
         yield from view.matches(_IPV6, ipv6)
-    yield from view.matches(_MAC, mac)
+    if _HEX_PAIRS.search(view.text):
+        yield from view.matches(_MAC, mac)
 
 
 def addresses(view: View) -> Iterator[Span]:

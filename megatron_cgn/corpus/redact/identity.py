@@ -47,9 +47,9 @@ _LABELLED_CARD = re.compile(
     r"卡号|银行卡|借记卡|信用卡|储蓄卡|工资卡|账号|帐号|账户|帐户|card|account|a/c|debit|credit",
     re.I,
 )
-_ACCOUNT = re.compile(
-    r"(?:账号|帐号|账户|帐户|卡号|[Aa]ccount (?:[Nn]o\.?|[Nn]umber))[: |]{1,6}"
-    r"([0-9](?:[ -]?[0-9]){11,22})(?![0-9A-Za-z])"
+_ACCOUNT = re.compile(r"[0-9](?<![0-9A-Za-z].)(?:[ -]?[0-9]){11,22}(?![0-9A-Za-z])", re.S)
+_LABELLED_ACCOUNT = re.compile(
+    r"(?:账号|帐号|账户|帐户|卡号|[Aa]ccount (?:[Nn]o\.?|[Nn]umber))[: |]{1,6}\Z"
 )
 _IBAN = re.compile(r"[A-Z](?<![0-9A-Za-z].)[A-Z][0-9]{2}(?: ?[0-9A-Z]){11,30}(?![0-9A-Za-z])", re.S)
 
@@ -95,6 +95,8 @@ def identity_cards(view: View) -> Iterator[Span]:
             return None
         return Span("id_card", match.start(), match.end(), number)
 
+    if not view.has_long_number:
+        return
     yield from view.matches(_ID_18, accept)
     yield from view.matches(_ID_15, accept_old)
 
@@ -114,6 +116,7 @@ def credit_codes(view: View) -> Iterator[Span]:
             return None
         return Span("credit_code", match.start(), match.end(), match[0])
 
+    # Seven of its characters may be letters, but six digits stand together in every one.
     yield from view.matches(_CREDIT_CODE, accept)
     if "税" in view.text or "识别号" in view.text:
         yield from view.matches(_TAX_NUMBER, accept_tax)
@@ -136,6 +139,11 @@ def bank_cards(view: View) -> Iterator[Span]:
             return None
         return Span("bank_card", match.start(), match.end(), number)
 
+    def accept_account(match: re.Match[str]) -> Span | None:
+        if not _LABELLED_ACCOUNT.search(view.before(match.start())):
+            return None
+        return Span("bank_card", match.start(), match.end(), compact(match[0]))
+
     def accept_iban(match: re.Match[str]) -> Span | None:
         for end in _word_ends(match[0]):
             if iban.is_valid(match[0][:end]):
@@ -143,15 +151,16 @@ def bank_cards(view: View) -> Iterator[Span]:
                 return Span("bank_card", match.start(), match.start() + end, code)
         return None
 
+    if not view.has_long_number:
+        return
     yield from view.matches(_CARD, accept)
     yield from view.matches(_IBAN, accept_iban)
-    for match in _ACCOUNT.finditer(view.text):
-        yield Span("bank_card", match.start(1), match.end(1), compact(match[1]))
+    yield from view.matches(_ACCOUNT, accept_account)
 
 
 def passports(view: View) -> Iterator[Span]:
     """Passports and travel permits, by label: nothing in the number itself tells them."""
-    if not _PASSPORT_LABEL.search(view.text):
+    if not view.mentions("护照", "通行证", "台胞证", "旅行证", "passport"):
         return
 
     def accept(match: re.Match[str]) -> Span | None:

@@ -50,7 +50,7 @@ _TITLES = (
     "先生|女士|小姐|同志|同学|老师|师傅|博士|教授|院士|总工程师|高级工程师|工程师|总经理|"
     "副总经理|经理|董事长|副总|总监|主任|"
     "副主任|处长|副处长|科长|副科长|部长|副部长|院长|副院长|所长|书记|班长|组长|值长|厂长|副厂长|"
-    "厂长|局长|主管|工"
+    "厂长|局长|主管|工(?![\u4e00-\u9fff])"
 )
 # What may follow a name without a space.
 _AFTER = (
@@ -73,19 +73,20 @@ _ENGLISH = re.compile(
     r"| (?:de|van|von|der|la|le|bin|al)(?= )){1,3}"
     r"(?![A-Za-z])"
 )
-_ENGLISH_LABEL = re.compile(
-    r"(?:[Nn]ame|[Cc]ontact(?: [Pp]erson)?|(?:[Pp]repared|[Rr]eviewed|[Aa]pproved|[Cc]hecked|"
-    r"[Ww]ritten|"
-    r"[Ss]igned|[Vv]erified|[Ii]ssued|[Cc]ompiled|[Aa]uthorized|[Aa]uthorised|[Ss]ubmitted|"
-    r"[Ii]nspected|"
-    r"[Pp]erformed|[Rr]eported|[Rr]equested|[Dd]rawn|[Tt]ested|[Ww]itnessed|[Rr]ecorded)(?: by|"
-    r" By)|"
-    r"[Aa]uthors?|[Aa]ttn\.?|[Aa]ttention|[Ss]ignature|[Ee]ngineer|[Mm]anager|[Ss]upervisor|"
-    r"[Oo]perator|"
-    r"[Ii]nspector|[Aa]ttendees|[Pp]articipants|[Pp]resent|[Cc]hair(?:man|person)?|[Oo]wner|"
-    r"[Rr]epresentative|[Ss]ender|[Rr]ecipient|[Cc]ardholder|[Ee]mployee|[Pp]atient|[Rr]esponsible|"
-    r"PREPARED BY|REVIEWED BY|APPROVED BY|CHECKED BY|NAME|AUTHORS?|CONTACT)"
-    r"(?:\(s\))?(?P<gap>[ \t]{0,4}[:|][ \t|]{0,6}|(?<=[yY]) )"
+_ENGLISH_SIGN = re.compile(r"[:|][ \t|]{0,6}(?=[A-Z])|[yY] (?=[A-Z])")
+_ENGLISH_LABELS = frozenset(
+    "name contact person author authors author(s) attn attention signature engineer manager "
+    "supervisor operator inspector attendees participants present chair chairman chairperson "
+    "representative sender recipient cardholder employee patient responsible surname".split()
+)
+_ENGLISH_VERBS = frozenset(
+    "prepared reviewed approved checked written signed verified issued compiled authorized "
+    "authorised submitted inspected performed reported requested drawn tested witnessed recorded "
+    "drafted edited chaired presented".split()
+)
+_WHOSE_NAME = frozenset(
+    "full contact person employee author first last your patient customer applicant holder "
+    "cardholder engineer manager supervisor operator inspector owner".split()
 )
 _ENGLISH_TITLE = re.compile(
     rf"(?:Mr|Mrs|Ms|Miss|Dr|Prof|Ing|Engr|Mme)\.? (?={_TOKEN})({_TOKEN}(?: {_TOKEN}){{0,3}})"
@@ -109,7 +110,7 @@ _NEXT = re.compile(
     r"(?:[ ]?\([^()\n]{0,20}\))?(?:[ ]?(?:,? and |[、,;/&]|和|及|与)[ ]?(?:and )?|[ ]{1,4})?"
 )
 _SKIPPED = re.compile(rf"(?:{MASKED}+|[^、,;:。\n|]{{1,16}}(?=[、;]))")
-_TITLE = re.compile(rf"(?:{_TITLES})(?<!工)|(?<=[{COMMON}])工(?![{_HAN}])")
+_TITLE = re.compile(_TITLES)
 _BY = re.compile(
     rf"由({_SURNAME}(?:{_G}{_G}|{_G}))(?=负责|编制|审核|批准|主持|担任|牵头|汇报|提出|完成|组织|"
     rf"操作|监护)"
@@ -132,8 +133,9 @@ def _announced(view: View) -> Iterator[Span]:
     for match in _LABEL.finditer(text):
         clear = any(sign in match["gap"] for sign in ":=|")
         yield from _list(text, match.end(), single=not clear)
-    for match in _ENGLISH_LABEL.finditer(text):
-        yield from _list(text, match.end(), single=False)
+    for match in _ENGLISH_SIGN.finditer(text):
+        if _english_label(text, match.end() if match[0][0] in "yY" else match.start()):
+            yield from _list(text, match.end(), single=False)
     for match in _ENGLISH_TITLE.finditer(text):
         if not _organisation(match[1].split()[:1]):
             yield _span(text, match.start(1), match.end(1))
@@ -142,6 +144,19 @@ def _announced(view: View) -> Iterator[Span]:
             yield _span(text, match.start(1), match.end(1))
     yield from _before_titles(text)
     yield from _in_tables(view)
+
+
+def _english_label(text: str, position: int) -> bool:
+    """Whether a label of a person ends at a position."""
+    line = text[max(0, position - 40) : position].rpartition("\n")[2]
+    words = [word.strip("*_#.|-").lower() for word in line.split()][-2:]
+    if not words:
+        return False
+    if words[-1] == "by":
+        return words[0] in _ENGLISH_VERBS
+    if words[-1] == "name" and len(words) == 2 and words[0]:
+        return words[0] in _WHOSE_NAME
+    return words[-1] in _ENGLISH_LABELS
 
 
 def _list(text: str, position: int, *, single: bool) -> Iterator[Span]:
