@@ -85,15 +85,14 @@ def find_duplicates(
     """
     everything = [part for part in (*prior, *parts) if len(part)]
     num_prior = sum(map(len, prior))
-    first = _first_equal(everything)
-    total = len(first)
+    total = sum(map(len, everything))
     assert total < 2**32, f"{total} documents: indices have 32 bits"
+    first = _first_equal(everything)
     chosen, similarity, unfinished = first, np.ones(total, dtype=np.float32), 0
     near = np.zeros(total, dtype=np.bool_)
     if settings.near and total:
-        chosen, similarity, unfinished = _near(
-            Rows(everything), first, num_prior, settings, memory_bytes
-        )
+        search = _Search(everything, num_prior, settings)
+        chosen, similarity, unfinished = _near(search, first, settings, memory_bytes)
         near = chosen != first
     kinds = np.zeros(total, dtype=np.uint8)
     kinds[first != np.arange(total)] = Kind.EXACT
@@ -106,7 +105,7 @@ def _first_equal(parts: Sequence[Signatures]) -> Indices:
     """Index of the first document with the same hash, for each."""
     if not parts:
         return np.zeros(0, dtype=np.int64)
-    hashes = np.concatenate([part.hashes for part in parts])
+    hashes = np.concatenate([part.hashes[:, :2] for part in parts])
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     sorted_hashes = hashes[order]
     new = np.ones(len(order), dtype=np.bool_)
@@ -119,7 +118,7 @@ def _first_equal(parts: Sequence[Signatures]) -> Indices:
 
 
 def _near(
-    rows: Rows, first: Indices, num_prior: int, settings: DeduplicateConfig, memory_bytes: int
+    search: "_Search", first: Indices, settings: DeduplicateConfig, memory_bytes: int
 ) -> tuple[Indices, npt.NDArray[np.float32], int]:
     """Find near-duplicates among the first of each group of equal documents.
 
@@ -133,10 +132,9 @@ def _near(
         `[N]` index of the kept document that each duplicates, `[N]` their similarity, and the
         number of documents in buckets too crowded to compare everything.
     """
-    total = len(rows)
+    rows, total = search.rows, len(first)
     cut = banding(settings.num_permutations, settings.similarity_threshold)
     candidates = (first == np.arange(total)) & signed(rows)
-    search = _Search(rows, num_prior, settings.similarity_threshold)
     dropped = suspects = np.zeros(total, dtype=np.bool_)
     crowded = 0
     for number in range(_MAX_PASSES):
@@ -145,7 +143,9 @@ def _near(
         live = candidates & ~dropped
         for packed in sorted_bands(rows, cut, live, memory_bytes=memory_bytes):
             mates = packed if number == 0 else _with_suspects(packed, suspects)
-            left += compare_bucket_mates(mates, search, max_leaders=_MAX_LEADERS)
+            left += compare_bucket_mates(
+                mates, search, finer=search.numbers, max_leaders=_MAX_LEADERS
+            )
         crowded = max(crowded, left)
         if len(search.edges) == found:
             break
@@ -170,25 +170,34 @@ class _Search:
     """Compares pairs, and remembers the similar ones.
 
     Args:
-        rows: All signatures, N of them.
+        parts: Signatures of N documents.
         num_prior: How many of them are of earlier runs, which are kept whatever they resemble.
-        threshold: Similarity from which a pair is remembered.
+        settings: Those of the step.
     """
 
-    def __init__(self, rows: Rows, num_prior: int, threshold: float) -> None:
-        self._rows, self._num_prior, self._threshold = rows, num_prior, threshold
+    def __init__(
+        self, parts: Sequence[Signatures], num_prior: int, settings: DeduplicateConfig
+    ) -> None:
+        self.rows = Rows(parts)
+        self.numbers = np.concatenate([part.hashes[:, 3] for part in parts])
+        self.edges = NO_EDGES
+        self._forms = np.concatenate([part.hashes[:, 2] for part in parts])
+        self._num_prior, self._settings = num_prior, settings
         # The leader that each document was last found similar to: the same pair meets in most
         # bands, and need not be compared in each.
-        self._leader = np.full(len(rows), -1, dtype=np.int64)
-        self.edges = NO_EDGES
+        self._leader = np.full(len(self.rows), -1, dtype=np.int64)
 
     def __call__(self, leaders: Indices, others: Indices) -> Flags:
         """Tell which of these pairs are similar."""
         known: Flags = self._leader[others] == leaders
-        asked = np.flatnonzero(~known & (others >= self._num_prior))
+        ask = ~known & (others >= self._num_prior)
+        if self._settings.protect_numbers:
+            # They are not equal: what is equal has gone before.
+            ask &= self._forms[leaders] != self._forms[others]
+        asked = np.flatnonzero(ask)
         leaders, others = leaders[asked], others[asked]
-        similarity = self._rows.similarities(leaders, others)
-        similar = similarity >= self._threshold
+        similarity = self.rows.similarities(leaders, others)
+        similar = similarity >= self._settings.similarity_threshold
         known[asked[similar]] = True
         self._leader[others[similar]] = leaders[similar]
         self.edges = Edges(

@@ -180,23 +180,43 @@ def compare_bucket_mates(
     packed: npt.NDArray[np.uint64],
     similar: Callable[[Indices, Indices], Flags],
     *,
+    finer: Hashes,
     max_leaders: int,
 ) -> int:
     """Compare the documents of each bucket with the bucket's leaders.
 
     The first document of a bucket is its first leader. Every other is compared with it; of those
     that are not similar the first is the next leader, and so on. So a bucket of m copies takes m
-    comparisons instead of m²/2, and one of m different documents at most m times `max_leaders`.
+    comparisons instead of m²/2. A bucket of many different documents, such as records of one form,
+    is split by `finer` when it has had `max_leaders`; what is in one then has as many again.
 
     Args:
         packed: A band, as `sorted_bands` yields it.
         similar: Told of leaders and others, pair by pair, says which are similar.
+        finer: `[N]`: what duplicates in a crowded bucket are expected to have in common.
         max_leaders: Leaders a bucket may have.
 
     Returns:
         How many documents were left that had no leader like them when the limit was reached.
     """
     bucket, member = packed >> np.uint64(32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    bucket, member = _follow_leaders(bucket, member, similar, max_leaders)
+    if not len(bucket):
+        return 0
+    bucket = mix(bucket ^ finer[member])
+    # Stable: documents stay in order in each bucket.
+    order = np.argsort(bucket, kind="stable")
+    bucket, member = _follow_leaders(bucket[order], member[order], similar, max_leaders)
+    return len(bucket)
+
+
+def _follow_leaders(
+    bucket: Hashes,
+    member: Indices,
+    similar: Callable[[Indices, Indices], Flags],
+    max_leaders: int,
+) -> tuple[Hashes, Indices]:
+    """Compare with up to `max_leaders` leaders; return who is left, in the same order."""
     for _ in range(max_leaders):
         begins = np.empty(len(bucket), dtype=np.bool_)
         begins[:1] = True
@@ -204,9 +224,9 @@ def compare_bucket_mates(
         alone = begins & np.append(begins[1:], True)
         bucket, member, begins = bucket[~alone], member[~alone], begins[~alone]
         if not len(bucket):
-            return 0
+            break
         leaders = np.repeat(member[begins], np.diff(np.flatnonzero(begins), append=len(member)))
         bucket, others, leaders = bucket[~begins], member[~begins], leaders[~begins]
         rest = ~similar(leaders, others)
         bucket, member = bucket[rest], others[rest]
-    return len(bucket)
+    return bucket, member

@@ -4,7 +4,8 @@ The similarity of two documents is the Jaccard similarity of their sets of token
 weighted numbers: each number (or date, or equipment tag) is in the set ``number_weight`` times, so
 that records of one form that differ in their values are not near-duplicates. The share of equal
 places in two signatures estimates it with a standard error of at most
-``sqrt(J (1 - J) / num_permutations)``.
+``sqrt(J (1 - J) / num_permutations)``. Documents that differ in numbers alone can be told by the
+hash of their form.
 
 The signatures come from ``rensa``'s R-MinHash (after Dahlgaard, Knudsen and Thorup, "Fast
 Similarity Sketching", FOCS 2017); the hashing of n-grams is here, because making a Python string
@@ -48,7 +49,8 @@ class Signatures:
     """What deduplication knows of N documents; arrays in memory or mapped from files."""
 
     hashes: Hashes
-    """`[N, 2]` uint64: 128 bits of the normalised text; equal for exact duplicates."""
+    """`[N, 4]` uint64. Columns 0 and 1: of the normalised text; equal for exact duplicates. 2: of
+    the form, which is the text with each number replaced by the same mark. 3: of the numbers."""
     minhashes: npt.NDArray[np.uint32]
     """`[N, num_permutations]` uint32: MinHash; all `EMPTY` for one too short to compare."""
 
@@ -102,7 +104,7 @@ class Signer:
         parts = [self._sign(group) for group in _groups(texts)]
         if not parts:
             width = self._settings.num_permutations
-            return Signatures(np.zeros((0, 2), np.uint64), np.zeros((0, width), np.uint32))
+            return Signatures(np.zeros((0, 4), np.uint64), np.zeros((0, width), np.uint32))
         return Signatures(
             np.concatenate([part.hashes for part in parts]),
             np.concatenate([part.minhashes for part in parts]),
@@ -117,40 +119,51 @@ class Signer:
         Returns:
             All elements, repeated ones included, and where each document's start: `[N + 1]`.
         """
-        return self._elements(tokenize(texts))
+        tokens = tokenize(texts)
+        return self._elements(tokens, token_hashes(tokens))
 
     def _sign(self, texts: Sequence[str]) -> Signatures:
+        """Sign a group of documents, or one of any length."""
         if len(texts) == 1 and len(texts[0]) > PIECE_CHARACTERS:
-            digests, elements = self._long(texts[0])
+            hashes, elements = self._long(texts[0])
             offsets = np.array([0, len(elements)], dtype=np.int64)
         else:
             tokens = tokenize(texts)
-            digests = [
-                _digest([canonical], text)
-                for canonical, text in zip(canonical_bytes(tokens), texts, strict=True)
-            ]
-            elements, offsets = self._elements(tokens)
+            hashed = token_hashes(tokens)
+            pairs = zip(canonical_bytes(tokens), texts, strict=True)
+            digests = b"".join(_digest(canonical, text) for canonical, text in pairs)
+            exact = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+            hashes = np.column_stack((exact, *form_and_numbers(tokens, hashed)))
+            elements, offsets = self._elements(tokens, hashed)
         matrix = self._minhash.digest_matrix_from_flat_token_hashes(
             elements,
             offsets.astype(np.uint64),
             self._settings.num_permutations,
             self._settings.seed,
         )
-        hashes = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
         return Signatures(hashes, np.array(matrix.to_rows(), dtype=np.uint32))
 
-    def _long(self, text: str) -> tuple[list[bytes], Hashes]:
+    def _long(self, text: str) -> tuple[Hashes, Hashes]:
         """Hash a document piece by piece: n-grams across a cut are left out."""
-        pieces = [tokenize([piece]) for piece in _pieces(text)]
-        canonical = (next(canonical_bytes(piece)) for piece in pieces)
-        return [_digest(canonical, text)], np.concatenate(
-            [self._elements(piece)[0] for piece in pieces]
-        )
+        hasher, canonical_size = hashlib.blake2b(digest_size=16), 0
+        of_pieces: list[Hashes] = []
+        elements: list[Hashes] = []
+        for piece in _pieces(text):
+            tokens = tokenize([piece])
+            hashed = token_hashes(tokens)
+            canonical = next(canonical_bytes(tokens))
+            hasher.update(canonical)
+            canonical_size += len(canonical)
+            of_pieces.append(np.column_stack(form_and_numbers(tokens, hashed)))
+            elements.append(self._elements(tokens, hashed)[0])
+        digest = hasher.digest() if canonical_size else _digest(b"", text)
+        exact = np.frombuffer(digest, dtype="<u8")
+        rest = mix(np.concatenate(of_pieces)).sum(axis=0, dtype=np.uint64)
+        return np.concatenate((exact, rest))[None, :], np.concatenate(elements)
 
-    def _elements(self, tokens: Tokens) -> tuple[Hashes, npt.NDArray[np.int64]]:
+    def _elements(self, tokens: Tokens, hashed: Hashes) -> tuple[Hashes, npt.NDArray[np.int64]]:
         """Hashes of a document's n-grams, then of its numbers; none if it is too short."""
         size, weight = self._settings.ngram_tokens, self._settings.number_weight
-        hashed = token_hashes(tokens)
         lengths = np.diff(tokens.offsets)
         left = np.repeat(tokens.offsets[1:], lengths) - np.arange(len(hashed))
         ngrams = _ngrams(hashed, size)[left[: max(0, len(hashed) - size + 1)] >= size]
@@ -180,15 +193,35 @@ def _ngrams(hashed: Hashes, size: int) -> Hashes:
     return mix(total)
 
 
-def _digest(canonical: Iterator[bytes] | Sequence[bytes], text: str) -> bytes:
+def form_and_numbers(tokens: Tokens, hashed: Hashes) -> tuple[Hashes, Hashes]:
+    """Hash each document's form, in order, and its numbers, in any order.
+
+    Args:
+        tokens: T tokens of D documents.
+        hashed: `[T]`: their hashes.
+
+    Returns:
+        `[D]` each.
+    """
+    place = np.arange(len(hashed)) - np.repeat(tokens.offsets[:-1], np.diff(tokens.offsets))
+    form = np.where(tokens.numbers, np.uint64(0), hashed)
+    form = mix(form + (place + 1).astype(np.uint64) * _NGRAM_BASE)
+    numbers = np.where(tokens.numbers, hashed, np.uint64(0))
+    return _sums(form, tokens.offsets), _sums(numbers, tokens.offsets)
+
+
+def _sums(terms: Hashes, offsets: npt.NDArray[np.int64]) -> Hashes:
+    """Sum each document's terms, modulo 2^64."""
+    total = np.zeros(len(terms) + 1, dtype=np.uint64)
+    np.cumsum(terms, out=total[1:])
+    return np.diff(total[offsets])
+
+
+def _digest(canonical: bytes, text: str) -> bytes:
     """128 bits of the normalised text; of the text as it is where nothing remains of it."""
-    hasher, num_bytes = hashlib.blake2b(digest_size=16), 0
-    for piece in canonical:
-        hasher.update(piece)
-        num_bytes += len(piece)
-    if num_bytes == 0:
-        hasher = hashlib.blake2b(text.encode(), digest_size=16, person=b"as it is")
-    return hasher.digest()
+    if canonical:
+        return hashlib.blake2b(canonical, digest_size=16).digest()
+    return hashlib.blake2b(text.encode(), digest_size=16, person=b"as it is").digest()
 
 
 def _groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:

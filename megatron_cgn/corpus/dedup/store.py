@@ -41,7 +41,7 @@ def save_signatures(
     # Without it nothing else in the directory is valid.
     (directory / _PARAMETERS).unlink(missing_ok=True)
     files = {
-        _HASHES: ("<u8", (num_documents, 2)),
+        _HASHES: ("<u8", (num_documents, 4)),
         _MINHASHES: ("<u4", (num_documents, width)),
     }
     with (
@@ -104,7 +104,7 @@ def load_signatures(directory: Path, *, parameters: Mapping[str, int]) -> Signat
             "of deduplicate.prior."
         )
     return Signatures(
-        _map(directory / _HASHES, "<u8", (num_documents, 2)),
+        _map(directory / _HASHES, "<u8", (num_documents, 4)),
         _map(directory / _MINHASHES, "<u4", (num_documents, parameters["num_permutations"])),
     )
 
