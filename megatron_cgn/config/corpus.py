@@ -18,6 +18,8 @@ class ReadConfig:
     max_bad: float = 0.01
     """Lines and files that may be unreadable before the run stops: a share of all where below 1,
     else their number."""
+    part_mib: float = 8.0
+    """Raw MiB that a worker takes at a time. More memory for each worker, or more files."""
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
@@ -29,6 +31,8 @@ class ReadConfig:
                 f"read.max_bad: {self.max_bad}; must be at least 0: a share below 1, or a number "
                 "of lines and files."
             )
+        if not 0 < self.part_mib <= 1024:
+            yield f"read.part_mib: {self.part_mib}; must be above 0 and at most 1024."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,7 @@ def _save_duplicates(
     signer = Steps(settings).signer
     if signer is None:
         kinds, of = np.zeros(num_kept, dtype=np.uint8), np.arange(num_kept)
-        similarity, unfinished = np.ones(num_kept, dtype=np.float32), 0
+        similarity, num_crowded = np.ones(num_kept, dtype=np.float32), 0
     else:
         from megatron_cgn.corpus.dedup import find_duplicates, load_signatures, save_signatures
 
@@ -76,11 +76,11 @@ def _save_duplicates(
             ],
         )
         kinds, of, similarity = found.kinds, found.of, found.similarity
-        unfinished = int(found.unfinished)
+        num_crowded = int(found.num_crowded)
     np.save(target / "kinds.npy", kinds)
     np.save(target / "of.npy", of)
     np.save(target / "similarity.npy", similarity)
-    write_json(target / "unfinished.json", unfinished)
+    write_json(target / "tally.json", {"crowded": num_crowded})
 
 
 def number_copies(ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:

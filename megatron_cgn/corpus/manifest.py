@@ -70,13 +70,12 @@ def make_manifest(
 
 def counts(tally: Tally) -> dict[str, Any]:
     """The numbers of a tally, in an order of their own."""
-    return {
-        name: _sorted(tally.get(name, {}))
-        for name in (
-            *("documents", "characters", "dropped", "renamed", "train", "validation"),
-            *("languages", "lengths", "changes"),
-        )
-    }
+    names = (
+        *("documents", "characters", "dropped", "renamed", "train", "validation"),
+        *("languages", "lengths", "changes"),
+    )
+    numbers = {name: _sorted(tally.get(name, {})) for name in names}
+    return numbers | {"crowded": tally["crowded"]}
 
 
 def _sorted(value: Any) -> Any:

@@ -12,8 +12,6 @@ from megatron_cgn.corpus.sources import InputFile
 from megatron_cgn.data.readers import read_blocks
 from megatron_cgn.errors import DataError
 
-PART_BYTES = 8 << 20
-"""Raw bytes at which a part ends."""
 _PART_FILES = 64
 _PART_ROWS = 20_000
 _TABLE_BYTES = 1 << 20
@@ -69,7 +67,7 @@ class Part:
 
 
 def read_parts(
-    files: Sequence[InputFile], *, columns: Sequence[str], part_bytes: int = PART_BYTES
+    files: Sequence[InputFile], *, columns: Sequence[str], part_bytes: int
 ) -> Iterator[Part]:
     """Cut inputs into parts.
 

@@ -23,6 +23,7 @@ from typing import Any
 from megatron_cgn.config.corpus import CorpusConfig
 from megatron_cgn.corpus import decisions, first_pass, second_pass
 from megatron_cgn.corpus import tally as tallies
+from megatron_cgn.corpus.decisions import Decisions
 from megatron_cgn.corpus.first_pass import FirstPass
 from megatron_cgn.corpus.kept import write_kept
 from megatron_cgn.corpus.manifest import make_manifest
@@ -173,7 +174,8 @@ def _first_pass(job: Job) -> tuple[int, tuple[str, ...]]:
 
 def _parts_to_do(job: Job, sources: list[int]) -> Iterator[Part]:
     columns = (job.settings.read.field, *COLUMNS)
-    for part in read_parts(job.inputs.files, columns=columns):
+    part_bytes = int(job.settings.read.part_mib * 2**20)
+    for part in read_parts(job.inputs.files, columns=columns, part_bytes=part_bytes):
         sources.append(part.source)
         job.progress("reading", part.progress_bytes, job.inputs.total_bytes)
         if not job.work.done(first_pass.STAGE, part.index):
@@ -256,7 +258,13 @@ def _assemble(job: Job, num_parts: int, digests: Sequence[str]) -> None:
         tally=tally,
         files=files,
     )
-    write_report(out / "report.html", manifest=manifest, tally=tally, settings=job.settings)
+    write_report(
+        out / "report.html",
+        manifest=manifest,
+        tally=tally,
+        clusters=Decisions(job.work, prior=job.settings.deduplicate.prior).clusters(),
+        redact=job.settings.redact,
+    )
     write_json(out / "manifest.json", manifest)
 
 
@@ -272,7 +280,7 @@ def _written(out: Path, path: Path) -> Written:
 
 
 def _total(work: Work, num_parts: int) -> Tally:
-    total: Tally = {}
+    total: Tally = read_json(work.path(decisions.STAGE) / "tally.json")
     for stage in (first_pass.STAGE, second_pass.STAGE):
         for part in range(num_parts):
             tallies.add(total, read_json(work.path(stage, part) / "tally.json"))

@@ -10,6 +10,7 @@ Each part gives a directory of its own::
     tally.json                              counts and examples, and the size of each piece
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from megatron_cgn.corpus.work import LinesWriter, Work, read_rows, write_json
 
 STAGE = "write"
 PIECES = ("train", "validation", "dropped")
+
+_CONTEXT_CHARS = 40
 
 
 class SecondPass:
@@ -60,7 +63,7 @@ class SecondPass:
                 for row in self._rows(part):
                     outcome = _first_outcome(row)
                     if outcome.text is not None:
-                        outcome = self._process(row, duplicates.get(place))
+                        outcome = self._process(row, duplicates.get(place), writer.tally)
                         writer.signed.append(outcome.text is not None)
                         place += 1
                         if outcome.text is not None:
@@ -76,11 +79,14 @@ class SecondPass:
         ids = self._decisions.ids(part, [row["id"] for row in rows])
         return [row | {"name": row["id"], "id": new} for row, new in zip(rows, ids, strict=True)]
 
-    def _process(self, row: dict[str, Any], duplicate: tuple[str, str] | None) -> Outcome:
+    def _process(
+        self, row: dict[str, Any], duplicate: tuple[str, str] | None, tally: Tally
+    ) -> Outcome:
         if duplicate is not None:
             return Outcome(text=None, reason=duplicate[0], evidence=duplicate[1])
         document = _document(row, row["text"])
         redacted = self._steps.redact(document)
+        self._show_redaction(document, redacted, tally)
         if redacted.text is None:
             return redacted
         cut = self._steps.decontaminate(_document(row, redacted.text))
@@ -90,6 +96,32 @@ class SecondPass:
             evidence=cut.evidence,
             changes={**redacted.changes, **cut.changes},
         )
+
+    def _show_redaction(self, document: Document, redacted: Outcome, tally: Tally) -> None:
+        """Make examples of what was replaced, out of the text after redaction."""
+        key = tallies.key_of(document.id)
+        kinds = [kind for kind in redacted.changes if tallies.wanted(tally, kind, key)]
+        if not kinds or redacted.text is None or self._steps.redactor is None:
+            return
+        for finding in self._steps.redactor.find(document.text):
+            kind = f"redact/{finding.kind}"
+            if kind in kinds:
+                kinds.remove(kind)
+                before = self._steps.redact(_with_text(document, document.text[: finding.start]))
+                start = max(0, len(before.text or "") - _CONTEXT_CHARS)
+                tallies.add_example(
+                    tally,
+                    kind,
+                    key=key,
+                    id=document.id,
+                    source=document.source,
+                    evidence=finding.masked,
+                    excerpt=redacted.text[start : start + 3 * _CONTEXT_CHARS],
+                )
+
+
+def _with_text(document: Document, text: str) -> Document:
+    return dataclasses.replace(document, text=text)
 
 
 def _document(row: dict[str, Any], text: str) -> Document:

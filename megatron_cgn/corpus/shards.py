@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from megatron_cgn.corpus.work import LinesWriter, Work, read_lines, read_rows, sync
+from megatron_cgn.corpus.work import LinesWriter, Work, fast_json, read_lines, read_rows, sync
 from megatron_cgn.corpus.work import read_json as _read_json
 
 _LEVEL = 3
@@ -190,9 +188,9 @@ def _write_parquet(path: Path, lines: Iterator[bytes]) -> None:
     schema = pa.schema([(name, pa.large_string()) for name in _OUTPUT_FIELDS])
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
-        size = 0
+        loads, size = fast_json().loads, 0
         for line in lines:
-            rows.append(orjson.loads(line))
+            rows.append(loads(line))
             size += len(line)
             if size >= _ROW_GROUP_BYTES:
                 writer.write_table(pa.Table.from_pylist(rows, schema))

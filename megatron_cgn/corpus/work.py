@@ -11,15 +11,32 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
 import zstandard
+
+from megatron_cgn.errors import ConfigError
 
 _PER_FOLDER = 1000
 # Read back once, soon, on the same machine.
 _FAST_LEVEL = 1
+
+
+def fast_json() -> Any:
+    """The module `orjson`.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        import orjson
+    except ImportError as error:
+        raise ConfigError(
+            "making a corpus needs the package orjson: install 'megatron-cgn[corpus]'."
+        ) from error
+    return orjson
 
 
 class Work:
@@ -107,12 +124,14 @@ class LinesWriter:
         self.num_bytes = 0
         """Bytes of the lines before compression."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        json_module = fast_json()
+        self._dumps = partial(json_module.dumps, option=json_module.OPT_APPEND_NEWLINE)
         compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
         self._file = compressor.stream_writer(open(descriptor, "wb"), closefd=True)
 
     def write(self, row: dict[str, Any]) -> int:
         """Append an object; returns the bytes of its line."""
-        return self.write_line(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        return self.write_line(self._dumps(row))
 
     def write_line(self, line: bytes) -> int:
         """Append a line that ends with a line feed; returns its bytes."""
@@ -143,5 +162,4 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a file that `LinesWriter` wrote."""
-    for line in read_lines(path):
-        yield orjson.loads(line)
+    yield from map(fast_json().loads, read_lines(path))
