@@ -115,14 +115,15 @@ class DeduplicateConfig:
     """Whether to deduplicate."""
     near: bool = True
     """Whether to drop nearly equal documents too, or only equal ones."""
-    similarity_threshold: float = 0.8
+    similarity_threshold: float = 0.75
     """Least Jaccard similarity of near-duplicates' n-grams, above 0 and at most 1."""
     ngram_tokens: int = 5
     """Tokens in an n-gram: Chinese characters, and words or numbers of other scripts."""
-    protect_numbers: bool = True
-    """Whether documents that differ in numbers, dates and equipment tags alone are kept, as records
-    of one form are; false suits web pages that differ in a date or a counter."""
-    number_weight: int = 20
+    protect_numbers: Literal["none", "form", "all"] = "form"
+    """Which documents are kept however alike they are: ``form``: those that differ in numbers,
+    dates and equipment tags alone, as records of one form do; ``all``: all that differ in any of
+    them; ``none`` suits web pages, which may differ in a date or a counter."""
+    number_weight: int = 10
     """How many n-grams a number, date or tag counts as, so that records of one form that differ in
     a few words too are less alike; 0: numbers count like words."""
     num_permutations: int = 128
@@ -138,6 +139,10 @@ class DeduplicateConfig:
             yield (
                 f"deduplicate.similarity_threshold: {self.similarity_threshold}; must be above 0 "
                 "and at most 1; set deduplicate.near=false for equal documents only."
+            )
+        if self.protect_numbers not in ("none", "form", "all"):
+            yield (
+                f"deduplicate.protect_numbers: {self.protect_numbers}; must be none, form or all."
             )
         for name, low, high in (
             ("ngram_tokens", 1, 32),

@@ -60,8 +60,9 @@ class Decisions:
     have negative indices: -P is the first of P, -1 the last."""
     similarity: npt.NDArray[np.float32]
     """`[N]`: estimated Jaccard similarity with that one; 1 for kept and equal ones."""
-    unfinished: int = 0
-    """Documents of crowded buckets not compared with every other there, summed over bands."""
+    num_crowded: int = 0
+    """Documents not compared with every kept one that shares a bucket, because they are too many
+    there; and that no comparison found to be duplicates."""
 
 
 def find_duplicates(
@@ -88,17 +89,17 @@ def find_duplicates(
     total = sum(map(len, everything))
     assert total < 2**32, f"{total} documents: indices have 32 bits"
     first = _first_equal(everything)
-    chosen, similarity, unfinished = first, np.ones(total, dtype=np.float32), 0
+    chosen, similarity, num_crowded = first, np.ones(total, dtype=np.float32), 0
     near = np.zeros(total, dtype=np.bool_)
     if settings.near and total:
         search = _Search(everything, num_prior, settings)
-        chosen, similarity, unfinished = _near(search, first, settings, memory_bytes)
+        chosen, similarity, num_crowded = _near(search, first, settings, memory_bytes)
         near = chosen != first
     kinds = np.zeros(total, dtype=np.uint8)
     kinds[first != np.arange(total)] = Kind.EXACT
     kinds[near] = Kind.NEAR
     here = slice(num_prior, None)
-    return Decisions(kinds[here], chosen[here] - num_prior, similarity[here], unfinished)
+    return Decisions(kinds[here], chosen[here] - num_prior, similarity[here], num_crowded)
 
 
 def _first_equal(parts: Sequence[Signatures]) -> Indices:
@@ -136,17 +137,16 @@ def _near(
     cut = banding(settings.num_permutations, settings.similarity_threshold)
     candidates = (first == np.arange(total)) & signed(rows)
     dropped = suspects = np.zeros(total, dtype=np.bool_)
-    crowded = 0
+    crowded = np.zeros(total, dtype=np.bool_)
     for number in range(_MAX_PASSES):
         found = len(search.edges)
-        left = 0
         live = candidates & ~dropped
         for packed in sorted_bands(rows, cut, live, memory_bytes=memory_bytes):
             mates = packed if number == 0 else _with_suspects(packed, suspects)
-            left += compare_bucket_mates(
+            left = compare_bucket_mates(
                 mates, search, finer=search.numbers, max_leaders=_MAX_LEADERS
             )
-        crowded = max(crowded, left)
+            crowded[left] = True
         if len(search.edges) == found:
             break
         dropped = greedy(search.edges, total)
@@ -163,7 +163,7 @@ def _near(
         if not suspects.any():
             break
     chosen, similarity = best_kept(search.edges, dropped)
-    return chosen[first], similarity[first], crowded
+    return chosen[first], similarity[first], int((crowded & ~dropped).sum())
 
 
 class _Search:
@@ -191,9 +191,11 @@ class _Search:
         """Tell which of these pairs are similar."""
         known: Flags = self._leader[others] == leaders
         ask = ~known & (others >= self._num_prior)
-        if self._settings.protect_numbers:
-            # They are not equal: what is equal has gone before.
+        # They are not equal: what is equal has gone before. So equal forms mean other numbers.
+        if self._settings.protect_numbers == "form":
             ask &= self._forms[leaders] != self._forms[others]
+        elif self._settings.protect_numbers == "all":
+            ask &= self.numbers[leaders] == self.numbers[others]
         asked = np.flatnonzero(ask)
         leaders, others = leaders[asked], others[asked]
         similarity = self.rows.similarities(leaders, others)

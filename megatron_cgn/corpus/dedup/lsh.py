@@ -182,7 +182,7 @@ def compare_bucket_mates(
     *,
     finer: Hashes,
     max_leaders: int,
-) -> int:
+) -> Indices:
     """Compare the documents of each bucket with the bucket's leaders.
 
     The first document of a bucket is its first leader. Every other is compared with it; of those
@@ -197,17 +197,16 @@ def compare_bucket_mates(
         max_leaders: Leaders a bucket may have.
 
     Returns:
-        How many documents were left that had no leader like them when the limit was reached.
+        The documents that were left without a leader like them when the limit was first reached.
     """
     bucket, member = packed >> np.uint64(32), (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
     bucket, member = _follow_leaders(bucket, member, similar, max_leaders)
-    if not len(bucket):
-        return 0
-    bucket = mix(bucket ^ finer[member])
-    # Stable: documents stay in order in each bucket.
-    order = np.argsort(bucket, kind="stable")
-    bucket, member = _follow_leaders(bucket[order], member[order], similar, max_leaders)
-    return len(bucket)
+    if len(bucket):
+        bucket = mix(bucket ^ finer[member])
+        # Stable: documents stay in order in each bucket.
+        order = np.argsort(bucket, kind="stable")
+        _follow_leaders(bucket[order], member[order], similar, max_leaders)
+    return member
 
 
 def _follow_leaders(
