@@ -50,10 +50,9 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.name = name
         self._backend = backend
-        self._definition: dict[str, Any] = json.loads(backend.to_str())
-        self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self._eos_token = eos_token
-        self.vocab_size = max(self._vocabulary.values()) + 1
+        self._fingerprint: str | None = None
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -111,8 +110,9 @@ class Tokenizer:
             DataError: If the tokenizer has none of them.
         """
         for token in (*END_OF_DOCUMENT_TOKENS, self._eos_token):
-            if token is not None and token in self._vocabulary:
-                return self._vocabulary[token]
+            token_id = None if token is None else self._backend.token_to_id(token)
+            if token_id is not None:
+                return int(token_id)
         raise DataError(
             f"tokenizer {self.name}: no token ends a document: tokenizer_config.json has no "
             f"eos_token and the vocabulary none of {', '.join(END_OF_DOCUMENT_TOKENS)}. Name one "
@@ -140,6 +140,16 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def definition(self) -> dict[str, Any]:
+        """Content of ``tokenizer.json``, parsed anew: it is large, and rarely wanted."""
+        content: dict[str, Any] = json.loads(self._backend.to_str())
+        return content
+
+    def added_tokens(self) -> list[str]:
+        """The added tokens, special ones too, in the order of their ids."""
+        tokens = self._backend.get_added_tokens_decoder()
+        return [tokens[token_id].content for token_id in sorted(tokens)]
+
     def fingerprint(self) -> str:
         """Hash of everything that decides which ids a text gets.
 
@@ -151,9 +161,16 @@ class Tokenizer:
         Returns:
             32 hexadecimal digits.
         """
-        parts = {part: _without_defaults(self._definition.get(part)) for part in _DEFINING_PARTS}
-        text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        if self._fingerprint is None:
+            definition = self.definition()
+            # Large, and nothing in them is ever None or False: set aside to save a second.
+            model = definition["model"]
+            lists = {part: model.pop(part) for part in ("vocab", "merges") if part in model}
+            parts = {part: _without_defaults(definition.get(part)) for part in _DEFINING_PARTS}
+            parts["model"] |= lists
+            text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+            self._fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return self._fingerprint
 
     def token_byte_lengths(self) -> npt.NDArray[np.int32]:
         """UTF-8 bytes of the text that each id stands for.
@@ -167,7 +184,7 @@ class Tokenizer:
         Raises:
             DataError: If the tokenizer is neither byte-level nor SentencePiece-like.
         """
-        return token_byte_lengths(self._definition, vocab_size=self.vocab_size, name=self.name)
+        return token_byte_lengths(self.definition(), vocab_size=self.vocab_size, name=self.name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

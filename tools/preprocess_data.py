@@ -10,6 +10,8 @@ Hugging Face `datasets`. The output does not depend on ``--workers``. While it r
 """
 
 import argparse
+import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +28,7 @@ def main() -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
+    logging.basicConfig(format="preprocess_data: %(message)s")
     try:
         with tqdm(
             total=check_inputs(arguments.input),
@@ -73,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         help="end every document with the end-of-document token",
     )
     parser.add_argument(
-        "--workers", type=_positive, default=1, metavar="N", help="processes (default: 1)"
+        "--workers",
+        type=_positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="threads that encode (default: as many as usable cores, here %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
     return parser
@@ -97,7 +104,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _print_summary(prefix: str, summary: Summary) -> None:
     facts = summary.sidecar
     seconds = max(summary.seconds, 1e-9)
-    print(f"{prefix}.bin, .idx, .json ({facts.dtype}, tokenizer {facts.tokenizer_name})")
+    print(f"{prefix}.bin, .idx, .json, .documents.parquet")
     print(f"  documents        {facts.documents:>15,}")
     print(f"  tokens           {facts.tokens:>15,}")
     print(f"  bytes of text    {facts.text_bytes:>15,}")

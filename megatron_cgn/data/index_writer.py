@@ -1,7 +1,7 @@
 """Writes an indexed dataset in one pass: see ``indexed.py`` for the files.
 
 Vectorised, and its bytes equal those of Megatron's own builder on the same documents. Writing
-ends with ``P.idx``: where it is, all three files are whole.
+ends with ``P.idx``: where it is, all files are whole. Memory does not depend on the input's size.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +25,22 @@ from megatron_cgn.data.indexed import (
     FORMAT,
     HEADER,
     MAGIC,
-    SUFFIXES,
     Sidecar,
     SourceFile,
     token_dtype,
 )
+from megatron_cgn.data.lineage import LINEAGE_SUFFIX, Columns, LineageWriter
 from megatron_cgn.data.lock import locked
 from megatron_cgn.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ALL_SUFFIXES = (".bin", LINEAGE_SUFFIX, ".json", ".idx")
+"""Files that are written, in the order in which they appear."""
+
 _OUR_SIDECAR = re.compile(rb'\s*\{\s*"format":\s*\d+,\s*"tokenizer_fingerprint":')
-_BLOCK = 1 << 20  # sequences whose pointers are computed at a time
+_BLOCK = 1 << 18  # sequences whose pointers are computed at a time
 
 
 class IndexWriter:
@@ -69,12 +75,14 @@ class IndexWriter:
         self._run = uuid.uuid4().hex  # a process id is not unique: containers count alike
         self._cleanup = contextlib.ExitStack()
         self._vocab_size = vocab_size
-        self._lengths: list[npt.NDArray[np.int32]] = []
+        self._documents = self._tokens = 0
         self._hash = hashlib.blake2b(digest_size=16)
         self._bin: BinaryIO | None = None
+        self._idx: BinaryIO | None = None
+        self._lineage: LineageWriter | None = None
 
     def __enter__(self) -> Self:
-        """Lock the prefix and create the temporary ``.bin``.
+        """Lock the prefix and create the temporary files.
 
         Raises:
             DataError: If the index exists, another run is writing it, what would be replaced is
@@ -89,6 +97,8 @@ class IndexWriter:
                     self._remove_stale(folder)
                 self._check_existing()
                 self._bin = self._temporary(".bin").open("wb")
+                self._idx = self._temporary(".idx").open("w+b")
+                self._idx.write(bytes(HEADER.size))  # what belongs here is known at the end
             except BlockingIOError as error:
                 raise DataError(
                     f"{self.prefix}: another run is writing this index. Wait for it to end or "
@@ -107,32 +117,60 @@ class IndexWriter:
     ) -> None:
         """Remove whatever is still temporary and release the lock."""
         with self._cleanup:
-            if self._bin is not None:
+            for stream in (self._bin, self._idx):
                 with contextlib.suppress(OSError):  # a full disk refuses the last buffer once more
-                    self._bin.close()
-            for suffix in SUFFIXES:
+                    if stream is not None:
+                        stream.close()
+            if self._lineage is not None:
+                self._lineage.__exit__()
+            for suffix in ALL_SUFFIXES:
                 self._temporary(suffix).unlink(missing_ok=True)
 
-    def add(self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.ArrayLike) -> None:
+    def add(
+        self,
+        tokens: npt.NDArray[np.integer[Any]],
+        lengths: npt.ArrayLike,
+        *,
+        lineage: "Columns | pa.RecordBatch | None" = None,
+    ) -> None:
         """Append documents.
 
         Args:
             tokens: Ids of the documents, one after another, ``[sum(lengths)]``.
             lengths: Tokens of each document, ``[documents]``.
+            lineage: Where each document comes from: columns, or a batch that `read_lineage` gave.
+                Either every call gives it or none does.
 
         Raises:
             DataError: If the disk refuses.
         """
-        assert self._bin is not None, "use IndexWriter as a context manager"
-        counts = np.asarray(lengths, dtype=np.int32)
-        assert int(counts.sum(dtype=np.int64)) == len(tokens), "lengths do not add up"
+        assert self._bin is not None and self._idx is not None, "use it as a context manager"
+        counts = np.asarray(lengths, dtype="<i4")
+        total = int(counts.sum(dtype=np.int64))
+        assert total == len(tokens), "lengths do not add up"
         data = np.ascontiguousarray(tokens, dtype=self.dtype)
         self._hash.update(data)
-        self._lengths.append(counts)
         try:
             self._bin.write(data)
+            self._idx.write(counts.data)
+            self._add_lineage(lineage, len(counts))
         except OSError as error:
             raise self._write_error(error) from error
+        self._documents += len(counts)
+        self._tokens += total
+
+    def _add_lineage(self, lineage: "Columns | pa.RecordBatch | None", documents: int) -> None:
+        assert (lineage is not None) == (self._lineage is not None) or not self._documents
+        if lineage is None:
+            return
+        if self._lineage is None:
+            self._lineage = LineageWriter(self._temporary(LINEAGE_SUFFIX))
+        rows = len(lineage["id"])
+        assert rows == documents, "one row a document"
+        if isinstance(lineage, dict):
+            self._lineage.add(lineage)
+        else:
+            self._lineage.add_batch(lineage)
 
     def finish(
         self,
@@ -143,7 +181,7 @@ class IndexWriter:
         text_bytes: int,
         sources: Sequence[SourceFile] = (),
     ) -> Sidecar:
-        """Write the index and the sidecar and put all three files in their places.
+        """Write the index and the sidecar and put all files in their places.
 
         Args:
             tokenizer_fingerprint: Identity of the tokenizer.
@@ -160,27 +198,26 @@ class IndexWriter:
                 untouched; once they are put in their places it is gone, and a fault or a kill
                 there leaves no ``P.idx``: files that nothing takes for an index.
         """
-        assert self._bin is not None, "use IndexWriter as a context manager"
-        lengths = np.concatenate([np.zeros(0, dtype=np.int32), *self._lengths])
-        self._hash.update(lengths)
-        sidecar = Sidecar(
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            tokenizer_name=tokenizer_name,
-            vocab_size=self._vocab_size,
-            eod_id=eod_id,
-            documents=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            text_bytes=text_bytes,
-            dtype=np.dtype(self.dtype).name,
-            digest=self._hash.hexdigest(),
-            sources=tuple(sources),
-        )
-        text = json.dumps({"format": FORMAT, **asdict(sidecar)}, ensure_ascii=False, indent=2)
+        assert self._bin is not None and self._idx is not None, "use it as a context manager"
         try:
+            _finish_index(self._idx, self._documents, dtype=self.dtype, digest=self._hash)
+            lineage = None if self._lineage is None else self._lineage.finish()
+            sidecar = Sidecar(
+                tokenizer_fingerprint=tokenizer_fingerprint,
+                tokenizer_name=tokenizer_name,
+                vocab_size=self._vocab_size,
+                eod_id=eod_id,
+                documents=self._documents,
+                tokens=self._tokens,
+                text_bytes=text_bytes,
+                dtype=np.dtype(self.dtype).name,
+                digest=self._hash.hexdigest(),
+                sources=tuple(sources),
+                lineage=lineage,
+            )
+            text = json.dumps({"format": FORMAT, **asdict(sidecar)}, ensure_ascii=False, indent=2)
             _sync_and_close(self._bin)
-            with self._temporary(".idx").open("wb") as stream:
-                _write_index(stream, lengths, dtype=self.dtype)
-                _sync_and_close(stream)
+            _sync_and_close(self._idx)
             with self._temporary(".json").open("wb") as stream:
                 stream.write(text.encode() + b"\n")
                 _sync_and_close(stream)
@@ -194,7 +231,10 @@ class IndexWriter:
             # A kill between two renames must not leave an old index over new tokens.
             self._path(".idx").unlink(missing_ok=True)
             _sync_directory(self._path(".idx").parent)
-            for suffix in SUFFIXES:
+            for suffix in ALL_SUFFIXES:
+                if suffix == LINEAGE_SUFFIX and self._lineage is None:
+                    self._path(suffix).unlink(missing_ok=True)  # the old index's
+                    continue
                 self._temporary(suffix).rename(self._path(suffix))
             _sync_directory(self._path(".idx").parent)
         except OSError as error:
@@ -204,7 +244,7 @@ class IndexWriter:
             ) from error
 
     def _check_existing(self) -> None:
-        existing = [p for p in map(self._path, SUFFIXES) if p.exists()]
+        existing = [p for p in map(self._path, ALL_SUFFIXES) if p.exists()]
         if existing and not self._overwrite:
             raise DataError(
                 f"{existing[0]}: exists already. Choose another --output-prefix or add --overwrite."
@@ -219,7 +259,7 @@ class IndexWriter:
     def _remove_stale(self, folder: Path) -> None:
         """Remove what killed runs left; whoever holds the lock is the only one running."""
         name = re.escape(os.path.basename(self.prefix))
-        stale = re.compile(rf"{name}\.(bin|json|idx)\.tmp-[0-9a-f]+")
+        stale = re.compile(rf"{name}\.(bin|json|idx|documents\.parquet)\.tmp-[0-9a-f]+")
         for path in folder.iterdir():
             if stale.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -264,19 +304,35 @@ def _sync_and_close(stream: BinaryIO) -> None:
     stream.close()
 
 
-def _write_index(
-    stream: BinaryIO, lengths: npt.NDArray[np.int32], *, dtype: type[np.integer[Any]]
+def _finish_index(
+    stream: BinaryIO,
+    count: int,
+    *,
+    dtype: type[np.integer[Any]],
+    digest: "hashlib.blake2b",
 ) -> None:
-    """Write ``.idx`` for one sequence per document, in blocks to bound memory."""
-    count = len(lengths)
+    """Complete a ``.idx`` that holds room for the header and the lengths of ``count`` documents.
+
+    Each document is one sequence. Works in blocks, to bound memory; hashes the lengths besides.
+    """
     code = next(code for code, known in DTYPE_CODES.items() if known is dtype)
-    stream.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
-    stream.write(lengths.astype("<i4", copy=False).data)
+    stream.flush()
     start = 0
-    for first in range(0, count, _BLOCK):
-        sizes = lengths[first : first + _BLOCK].astype(np.int64) * np.dtype(dtype).itemsize
-        ends = np.cumsum(sizes) + start
-        stream.write((ends - sizes).astype("<i8", copy=False).data)
-        start = int(ends[-1])
+    with open(stream.name, "rb") as lengths:
+        for block in _read_lengths(lengths, count):
+            digest.update(block)
+            sizes = block.astype("<i8") * np.dtype(dtype).itemsize
+            ends = np.cumsum(sizes, dtype="<i8") + start
+            stream.write((ends - sizes).data)
+            start = int(ends[-1])
     for first in range(0, count + 1, _BLOCK):
         stream.write(np.arange(first, min(first + _BLOCK, count + 1), dtype="<i8").data)
+    stream.seek(0)
+    stream.write(HEADER.pack(MAGIC, 1, code, count, count + 1))
+
+
+def _read_lengths(stream: BinaryIO, count: int) -> Iterator[npt.NDArray[np.int32]]:
+    stream.seek(HEADER.size)
+    for first in range(0, count, _BLOCK):
+        size = min(_BLOCK, count - first)
+        yield np.frombuffer(stream.read(4 * size), dtype="<i4", count=size)

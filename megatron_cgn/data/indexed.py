@@ -11,8 +11,9 @@ r"""Megatron's indexed dataset on disk: ``P.bin``, ``P.idx`` and our sidecar ``P
     int64[D]  first sequence of each document, and S
 
 Here a sequence is a document, so D = S + 1. ``P.json`` says what the other two cannot: which
-tokenizer made them, from what. Reading and checking live here,
-writing in ``index_writer.py``. Needs neither PyTorch nor Megatron.
+tokenizer made them, from what. ``P.documents.parquet``, which training does not read, says where
+each document came from: see ``lineage.py``. Reading and checking live here, writing in
+``index_writer.py``. Needs neither PyTorch nor Megatron.
 """
 
 import json
@@ -34,7 +35,7 @@ FORMAT = 1
 
 DTYPE_CODES: Mapping[int, type[np.integer[Any]]] = {4: np.int32, 8: np.uint16}
 SUFFIXES = (".bin", ".json", ".idx")
-"""Files of an index, in the order in which they appear."""
+"""Files that every index has, in the order in which they appear."""
 
 _REBUILD = "Make the index again with tools/preprocess_data.py --overwrite."
 
@@ -78,6 +79,8 @@ class Sidecar:
     """Hash of the tokens and the document lengths: what caches are keyed by."""
     sources: tuple[SourceFile, ...] = field(default_factory=tuple)
     """The inputs, in order."""
+    lineage: str | None = None
+    """Hash of ``P.documents.parquet``; None where there is none, as in indexes made before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cgn.data import tables
-from megatron_cgn.data.documents import Block
+from megatron_cgn.data.documents import LINEAGE_FIELDS, Block
 from megatron_cgn.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -72,7 +72,7 @@ def read_blocks(paths: Sequence[str | Path], *, field: str) -> Iterator[Block]:
 
     Args:
         paths: Files and directories that `check_inputs` accepts.
-        field: Name of the text's field; tables give only that column.
+        field: Name of the text's field; tables give only that column and the lineage's.
 
     Yields:
         Blocks that together hold every line or row exactly once, in order.
@@ -203,11 +203,22 @@ def _read_table(source: int, path: Path, field: str) -> Iterator[Block]:
     """Blocks of a table; each counts for its share of the bytes on the disk."""
     read = tables.read_directory if path.is_dir() else tables.read_parquet
     size, row = _disk_bytes(path), 0
-    parts = read(path, field=field, block_bytes=BLOCK_BYTES, block_rows=BLOCK_ROWS)
-    for values, rows in parts:
+    parts = read(
+        path,
+        field=field,
+        extra=[name for name in LINEAGE_FIELDS if name != field],
+        block_bytes=BLOCK_BYTES,
+        block_rows=BLOCK_ROWS,
+    )
+    for values, extra, rows in parts:
         done = size * (row + len(values)) // rows - size * row // rows
         yield Block(
-            source=source, path=str(path), first=row + 1, content=values, progress_bytes=done
+            source=source,
+            path=str(path),
+            first=row + 1,
+            content=values,
+            extra=extra,
+            progress_bytes=done,
         )
         row += len(values)
 

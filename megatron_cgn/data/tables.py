@@ -1,9 +1,9 @@
-"""One column of texts out of Parquet files and saved `datasets` directories, part by part.
+"""Columns of Parquet files and saved `datasets` directories, part by part.
 
 Which inputs there are and how parts become blocks is in ``readers.py``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +12,19 @@ from megatron_cgn.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Part = tuple[list[str | None], int]
-"""Texts of consecutive rows, and the rows of the whole table."""
+Part = tuple[list[str | None], dict[str, list[Any]], int]
+"""Texts of consecutive rows, their values in other columns, and the rows of the whole table."""
 
 
-def read_parquet(path: Path, *, field: str, block_bytes: int, block_rows: int) -> Iterator[Part]:
+def read_parquet(
+    path: Path, *, field: str, extra: Sequence[str], block_bytes: int, block_rows: int
+) -> Iterator[Part]:
     """Read a column of a Parquet file.
 
     Args:
         path: The file.
         field: Name of the column.
+        extra: Names of columns to read besides, where the table has exactly one of that name.
         block_bytes: Most UTF-8 bytes of a part; a single larger row is a part of its own.
         block_rows: Most rows of a part.
 
@@ -44,14 +47,17 @@ def read_parquet(path: Path, *, field: str, block_bytes: int, block_rows: int) -
                 default=0.0,
             )
             size = _batch_rows(row_bytes, block_bytes, block_rows)
-            batches = file.iter_batches(batch_size=size, columns=[field])
-            for values in _parts(batches, path, field, block_bytes):
-                yield values, file.metadata.num_rows
+            others = _present(file.schema_arrow, extra)
+            batches = file.iter_batches(batch_size=size, columns=[field, *others])
+            for values, more in _parts(batches, path, field, others, block_bytes):
+                yield values, more, file.metadata.num_rows
     except pa.ArrowException as error:
         raise OSError(str(error)) from error
 
 
-def read_directory(path: Path, *, field: str, block_bytes: int, block_rows: int) -> Iterator[Part]:
+def read_directory(
+    path: Path, *, field: str, extra: Sequence[str], block_bytes: int, block_rows: int
+) -> Iterator[Part]:
     """Read a column of a directory saved by `datasets`: as `read_parquet`."""
     import datasets
 
@@ -61,10 +67,15 @@ def read_directory(path: Path, *, field: str, block_bytes: int, block_rows: int)
         raise OSError(str(error)) from error
     _check_column(dataset.features.arrow_schema, path, field)
     row_bytes = dataset.data.nbytes / max(1, dataset.data.num_rows)
-    table = dataset.select_columns([field]).with_format("arrow")
+    others = _present(dataset.features.arrow_schema, extra)
+    table = dataset.select_columns([field, *others]).with_format("arrow")
     batches = table.iter(batch_size=_batch_rows(row_bytes, block_bytes, block_rows))
-    for values in _parts(batches, path, field, block_bytes):
-        yield values, len(dataset)
+    for values, more in _parts(batches, path, field, others, block_bytes):
+        yield values, more, len(dataset)
+
+
+def _present(schema: "pa.Schema", names: Sequence[str]) -> list[str]:
+    return [name for name in names if schema.names.count(name) == 1]
 
 
 def _batch_rows(row_bytes: float, block_bytes: int, block_rows: int) -> int:
@@ -97,13 +108,16 @@ def _check_column(schema: "pa.Schema", path: Path, field: str) -> None:
 
 
 def _parts(
-    batches: Iterable[Any], path: Path, field: str, block_bytes: int
-) -> Iterator[list[str | None]]:
+    batches: Iterable[Any], path: Path, field: str, others: list[str], block_bytes: int
+) -> Iterator[tuple[list[str | None], dict[str, list[Any]]]]:
     first = 1
     for batch in batches:
+        start = 0
         for part in _slices(batch.column(field), block_bytes):
-            yield _values(part, path, first=first)
-            first += len(part)
+            size = len(part)
+            more = {name: batch.column(name).slice(start, size).to_pylist() for name in others}
+            yield _values(part, path, first=first), more
+            first, start = first + size, start + size
 
 
 def _slices(column: Any, block_bytes: int) -> Iterator[Any]:

@@ -7,15 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_cgn.data import preprocess as module
-from megatron_cgn.data.documents import Block
+from megatron_cgn.data.index_writer import ALL_SUFFIXES
 from megatron_cgn.data.indexed import check_index, map_tokens
+from megatron_cgn.data.pool import map_in_order
 from megatron_cgn.data.preprocess import preprocess
 from megatron_cgn.errors import DataError
 from tests.unit.data_samples import TEXTS, byte_level_tokenizer
@@ -57,7 +57,7 @@ def test_three_workers_write_what_one_writes(
     alone = run(*common, "--output-prefix", tmp_path / "a")
     shared = run(*common, "--output-prefix", tmp_path / "b", "--workers", 3)
     assert (alone.returncode, shared.returncode) == (0, 0), alone.stderr + shared.stderr
-    for suffix in (".bin", ".idx", ".json"):
+    for suffix in ALL_SUFFIXES:
         a, b = ((tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
         assert a == b, suffix
 
@@ -76,7 +76,7 @@ def test_three_workers_write_what_one_writes(
     assert "documents                  5,940" in alone.stdout
     assert "empty, skipped                60" in alone.stdout
     assert alone.stderr == shared.stderr == ""  # no bar off a terminal, no warnings
-    assert len(list(tmp_path.iterdir())) == 7
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * len(ALL_SUFFIXES)
 
 
 def test_without_end_of_document(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -167,7 +167,10 @@ def test_a_termination_removes_what_was_begun(
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "preprocess_data: interrupted; nothing was written.\n"
+    slow = (
+        "preprocess_data: An input is a pipe: encoding it the slow way. Give a file to be faster."
+    )
+    assert errors == f"{slow}\npreprocess_data: interrupted; nothing was written.\n"
     assert list(out.iterdir()) == []
 
 
@@ -206,41 +209,49 @@ def test_workers_that_are_no_number_are_explained(tmp_path: Path) -> None:
         assert f"{value}: must be a whole number of at least 1" in result.stderr
 
 
-def test_few_large_blocks_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Submitting stops at a number of bytes, not at a number of blocks alone."""
-    waiting = most = 0
+def test_few_large_blocks_are_under_way() -> None:
+    """Reading stops at a number of bytes, not at a number of blocks alone."""
 
-    class Pool:
-        def __init__(self, *arguments: object, **options: object) -> None:
-            pass
+    def most_under_way(size: int) -> int:
+        taken = most = 0
 
-        def submit(self, function: object, block: Block) -> "Future[int]":
-            nonlocal waiting, most
-            waiting += 1
-            most = max(most, waiting)
-            future: Future[int] = Future()
-            future.set_result(block.first)
-            return future
+        def items() -> Iterator[int]:
+            nonlocal most
+            for i in range(40):
+                most = max(most, i - taken)  # those before this one whose results are not taken
+                yield i
 
-        def shutdown(self, **options: object) -> None:
-            pass
-
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
-
-    def drain(size: int) -> int:
-        nonlocal waiting, most
-        waiting = most = 0
-        blocks = (
-            Block(source=0, path="p", first=i, content=b"x" * size, progress_bytes=0)
-            for i in range(40)
+        results = map_in_order(
+            lambda i: -i,
+            items(),
+            workers=4,
+            size_of=lambda i: size,
+            items_ahead=12,
+            bytes_ahead=16 << 20,
         )
         found = []
-        for first in module._encode_elsewhere(blocks, 4, ("t", "text", True)):
-            waiting -= 1
-            found.append(first)
-        assert found == list(range(40))
+        for result in results:
+            found.append(result)
+            taken += 1
+        assert found == [-i for i in range(40)]
         return most
 
-    assert drain(1 << 20) == 12  # three for each of four workers
-    assert drain(8 << 20) == 2  # 16 MiB
-    assert drain(64 << 20) == 1
+    assert most_under_way(1 << 20) == 12
+    assert most_under_way(8 << 20) == 2  # 16 MiB
+    assert most_under_way(64 << 20) == 1
+
+
+def test_a_fault_in_a_thread_ends_the_stream() -> None:
+    def fail(i: int) -> int:
+        if i == 7:
+            raise DataError("seven")
+        return i
+
+    results = map_in_order(
+        fail, range(100), workers=3, size_of=lambda i: 1, items_ahead=9, bytes_ahead=100
+    )
+    found = []
+    with pytest.raises(DataError, match="seven"):
+        for result in results:
+            found.append(result)
+    assert found == list(range(7))
