@@ -28,16 +28,13 @@ def account_of(blend: Blend, *, consumed: int | None = None) -> dict[str, Any]:
         consumed: Sequences read so far; None for all that are planned.
 
     Returns:
-        JSON: in all, by source and file, and the same of every phase that has begun.
+        JSON: in all, by source and file, and the same of every phase that has begun; and the
+        plan itself, from which `consumed.py` finds the documents.
     """
     total = blend.sequences if consumed is None else consumed
     return {
-        "format": 1,
-        "seed": blend.seed,
-        "seq_length": blend.seq_length,
-        "global_batch_size": blend.global_batch_size,
-        "planned_sequences": blend.sequences,
         **_amount(blend, total),
+        "planned_sequences": blend.sequences,
         "sources": _by_source(blend, 0, total, shares=None),
         "phases": [
             {
@@ -48,6 +45,7 @@ def account_of(blend: Blend, *, consumed: int | None = None) -> dict[str, Any]:
             }
             for phase in blend.clip(total)
         ],
+        "plan": blend.to_record(),
     }
 
 

@@ -44,6 +44,11 @@ class BlendFile:
     weight: Fraction
     """Share of the source's sequences: the files' weights add up to 1."""
 
+    @property
+    def digest(self) -> str:
+        """The index's own, without the range."""
+        return self.identity.partition("[")[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlendSource:
