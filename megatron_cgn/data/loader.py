@@ -4,6 +4,7 @@ No shuffling here: the dataset's order is the order of training, and a position 
 sequences consumed. Nothing depends on how many ranks read, except which of them reads what.
 """
 
+import functools
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_cgn.batch import TokenBatch
+from megatron_cgn.data.boundaries import separate_documents
 from megatron_cgn.data.windows import Sample
 from megatron_cgn.errors import ConfigError
 
@@ -34,6 +36,7 @@ class SequentialLoader:
         dp_size: int,
         start_sequence: int = 0,
         num_workers: int = 0,
+        eod_id: int | None = None,
     ) -> None:
         """Set the position; nothing is read yet.
 
@@ -45,6 +48,7 @@ class SequentialLoader:
             dp_size: Size of that group.
             start_sequence: Sequences consumed already.
             num_workers: Processes that read ahead; 0 reads in this one. The order is the same.
+            eod_id: Separate documents at this end-of-document token; None leaves them joined.
 
         Raises:
             ConfigError: If the global batch does not divide into micro-batches.
@@ -63,6 +67,7 @@ class SequentialLoader:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._num_workers = num_workers
+        self._eod_id = eod_id
 
     @property
     def steps_left(self) -> int:
@@ -74,7 +79,9 @@ class SequentialLoader:
         """Yield the micro-batches of each step, from the current position to the end."""
         steps = self.steps_left
         share = self._global_batch_size // self._dp_size
-        micro_batches = iter(_loader(self._dataset, self._batches(steps), self._num_workers))
+        micro_batches = iter(
+            _loader(self._dataset, self._batches(steps), self._num_workers, self._eod_id)
+        )
         for _ in range(steps):
             step_batches = [next(micro_batches) for _ in range(share // self._micro_batch_size)]
             self.consumed_sequences += self._global_batch_size
@@ -105,6 +112,7 @@ class ValidationLoader:
         dp_size: int,
         max_sequences: int | None = None,
         num_workers: int = 0,
+        eod_id: int | None = None,
     ) -> None:
         """Divide the dataset; nothing is read yet.
 
@@ -115,6 +123,7 @@ class ValidationLoader:
             dp_size: Size of that group.
             max_sequences: Read only this many, from the start. None: all.
             num_workers: Processes that read ahead; 0 reads in this one.
+            eod_id: As for `SequentialLoader`.
         """
         total = len(dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
         assert total > 0, "an empty source is refused when it is checked"
@@ -127,6 +136,7 @@ class ValidationLoader:
         ]
         self._dataset = _Padded(dataset, self.num_sequences)
         self._num_workers = num_workers
+        self._eod_id = eod_id
 
     def _padded(self, stride: int) -> int:
         return -(-self.num_sequences // stride) * stride
@@ -137,21 +147,34 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yield the micro-batches in order."""
-        return iter(_loader(self._dataset, self._batches, self._num_workers))
+        return iter(_loader(self._dataset, self._batches, self._num_workers, self._eod_id))
 
 
-def collate(samples: Sequence[Sample]) -> TokenBatch:
-    """Stack samples into a batch on the CPU."""
+def collate(samples: Sequence[Sample], *, eod_id: int | None = None) -> TokenBatch:
+    """Stack samples into a batch on the CPU.
+
+    Args:
+        samples: B samples.
+        eod_id: Separate documents at this end-of-document token; None leaves them joined.
+
+    Returns:
+        Rows ``[B, S]``; one packed row ``[1, B * S]`` if documents are separated.
+    """
 
     def stack(name: str) -> torch.Tensor:
         return torch.stack([sample[name] for sample in samples])
 
-    return TokenBatch(
-        tokens=stack("tokens"),
+    tokens = stack("tokens")
+    batch = TokenBatch(
+        tokens=tokens,
         labels=stack("labels"),
         loss_mask=stack("loss_mask"),
         position_ids=stack("position_ids"),
+        source_ids=stack("source")[:, None].expand_as(tokens).contiguous()
+        if "source" in samples[0]
+        else None,
     )
+    return batch if eod_id is None else separate_documents(batch, eod_id=eod_id)
 
 
 class _Padded(Dataset[Sample]):
@@ -181,12 +204,15 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def _loader(
-    dataset: Dataset[Sample], batches: Iterable[list[int]], num_workers: int
+    dataset: Dataset[Sample],
+    batches: Iterable[list[int]],
+    num_workers: int,
+    eod_id: int | None,
 ) -> DataLoader[TokenBatch]:
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # typed by what it yields, not by what it reads
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, eod_id=eod_id),
         num_workers=num_workers,
         worker_init_fn=_leave_signals_to_the_run,
         # Without its own generator, a loader draws a seed from the global one, and a resumed run

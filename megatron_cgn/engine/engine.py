@@ -35,6 +35,7 @@ from megatron_cgn.errors import CheckpointError
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.build import build_model, resolve_backend, transformer_config
 from megatron_cgn.model.heads import padded_vocab_size
+from megatron_cgn.model.packing import check_packing
 from megatron_cgn.objectives.base import ForwardArgs, Objective
 from megatron_cgn.parallel import cpu
 from megatron_cgn.parallel.context import gather_sequence
@@ -54,8 +55,8 @@ class StepReport:
 
     Attributes:
         step: Steps done, this one included.
-        metrics: Means over the global batch by name, ``loss`` among them; empty if they were not
-            asked for.
+        metrics: Means over this step's global batch by name, ``loss`` among them; a name that
+            nothing of the batch belongs to is absent. Empty if they were not asked for.
         count: Units (tokens, pairs, sequences) that the loss was averaged over; 0 likewise.
         lr: Learning rate of this step.
         grad_norm: Global gradient norm before clipping; None if the step was skipped.
@@ -95,6 +96,9 @@ class Engine:
         self.run = run
         self.architecture = architecture
         self.state = state
+        self.backend = resolve_backend(run.model.backend)
+        if run.data.reset_attention_mask:
+            check_packing(self.backend, cp_size=state.cp_size)
         self.total_steps = total_steps
         self.step = 0
         self.consumed_sequences = 0
@@ -112,12 +116,11 @@ class Engine:
             groups=state.groups,
             seq_length=run.data.seq_length,
             make_vocab_size_divisible_by=run.model.make_vocab_size_divisible_by,
-            backend=resolve_backend(run.model.backend),
+            backend=self.backend,
             seed=run.seed if run.model.init == "random" else None,
         )
         self._wrapped: list[DistributedDataParallel] = []
         self._optimizer: Any = None
-        self._metric_names: list[str] | None = None
         self._gather_pending = False
         self._optimizer_steps = 0
 
@@ -189,9 +192,8 @@ class Engine:
         self._optimizer.zero_grad()
         lr = learning_rate(self.step, self.run.optim, total_steps=self.total_steps)
         set_rates(self._optimizer, lr=lr, weight_decay=self.run.optim.weight_decay)
-        reports = self._schedule(
-            TrainingForwardStep(objective, self.state), self._wrapped, micro_batches
-        )
+        function = TrainingForwardStep(objective, self.state, backend=self.backend)
+        reports = self._schedule(function, self._wrapped, micro_batches)
         success, grad_norm, _ = self._optimizer.step()
         self._gather_pending = self.run.parallel.overlap_param_gather
         self.step += 1
@@ -226,7 +228,7 @@ class Engine:
         chunks: Sequence[torch.nn.Module] = self._wrapped or self._half_chunks()
         for chunk in chunks:
             chunk.eval()
-        function = ScoringForwardStep(forward_args, self.state)
+        function = ScoringForwardStep(forward_args, self.state, backend=self.backend)
         pp_size = self.state.groups.pp.size()
         # Several at a time keep all pipeline stages busy; their outputs are small.
         group_size = 1 if pp_size == 1 else _SCORED_PER_STAGE * pp_size
@@ -284,17 +286,17 @@ class Engine:
     def _reduce(self, reports: list[Any]) -> tuple[dict[str, float], int]:
         """Average a step's reports over micro-batches and data-parallel ranks."""
         names, sums = sum_reports(reports)
-        if self._metric_names is None:  # an objective's names are the same at every step
+        if self.state.groups.pp.size() > 1:  # only the last stage has seen the objective's names
             shared: list[Any] = [names]
             dist.broadcast_object_list(shared, src=self.state.loss_rank, group=self.state.groups.pp)
-            self._metric_names = shared[0]
-        names = self._metric_names
+            names = shared[0]
         if not self.state.is_last_stage:
             sums = torch.zeros(len(names), 2, dtype=torch.float64)
         totals = sum_over_data(sums, self.state).tolist()
         metrics = {
             name: total / count if count else 0.0
             for name, (total, count) in zip(names, totals, strict=True)
+            if count or name == LOSS
         }
         return metrics, int(totals[names.index(LOSS)][1])
 

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_cgn.batch import map_sequences, to_device
+from megatron_cgn.model.build import Backend
+from megatron_cgn.model.packing import pack_row
 from megatron_cgn.objectives.base import ForwardArgs, Objective, Ratio
 from megatron_cgn.parallel import cpu
 from megatron_cgn.parallel.context import shard_sequence
@@ -27,10 +28,11 @@ LOSS = "loss"
 class TrainingForwardStep[B]:
     """Megatron's ``forward_step_func`` for training on an objective."""
 
-    def __init__(self, objective: Objective[B], state: ParallelState) -> None:
-        """Bind an objective to this process's place in the layout."""
+    def __init__(self, objective: Objective[B], state: ParallelState, *, backend: Backend) -> None:
+        """Bind an objective to this process's place in the layout and the model's layers."""
         self._objective = objective
         self._state = state
+        self._backend = backend
 
     def __call__(
         self, batches: Iterator[B], model: torch.nn.Module
@@ -45,7 +47,8 @@ class TrainingForwardStep[B]:
             The chunk's output and what turns it into ``(loss sum, count, report)``.
         """
         batch = place_batch(next(batches), self._state)
-        output = call_model(model, self._objective.forward_args(batch))
+        args = self._objective.forward_args(batch)
+        output = call_model(model, args, state=self._state, backend=self._backend)
         return output, partial(self._loss, batch)
 
     def _loss(self, batch: B, output: Tensor) -> tuple[Tensor, Tensor, Report]:
@@ -57,46 +60,60 @@ class TrainingForwardStep[B]:
 class ScoringForwardStep[B]:
     """Megatron's ``forward_step_func`` for a forward-only pass that keeps the model's output."""
 
-    def __init__(self, forward_args: Callable[[B], ForwardArgs], state: ParallelState) -> None:
+    def __init__(
+        self,
+        forward_args: Callable[[B], ForwardArgs],
+        state: ParallelState,
+        *,
+        backend: Backend,
+    ) -> None:
         """Bind the function that says what the model is called with."""
         self._forward_args = forward_args
         self._state = state
+        self._backend = backend
 
     def __call__(
         self, batches: Iterator[B], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         """Run the model on the next micro-batch; see `TrainingForwardStep`."""
         batch = place_batch(next(batches), self._state)
-        output = call_model(model, self._forward_args(batch))
+        args = self._forward_args(batch)
+        output = call_model(model, args, state=self._state, backend=self._backend)
         return output, lambda out, non_loss_data=True: out.detach()
 
 
 def place_batch[B](batch: B, state: ParallelState) -> B:
-    """Move a micro-batch to this rank's device and take its context-parallel part."""
+    """Move a micro-batch to this rank's device and take its context-parallel part.
+
+    A packed row is cut like any other; ``cu_seqlens`` stay those of the whole row.
+    """
     cut = partial(shard_sequence, cp_rank=state.cp_rank, cp_size=state.cp_size)
     return map_sequences(to_device(batch, cpu.device()), cut)
 
 
-def call_model(model: torch.nn.Module, args: ForwardArgs) -> Tensor:
+def call_model(
+    model: torch.nn.Module, args: ForwardArgs, *, state: ParallelState, backend: Backend
+) -> Tensor:
     """Call a Megatron GPT chunk.
 
     Args:
         model: The chunk.
         args: This rank's part of the batch.
+        state: This process's place in the layout.
+        backend: The chunk's layers.
 
     Returns:
         On the last pipeline stage the per-token negative log-likelihood ``[B, S]`` (or the head's
         output without labels); elsewhere hidden states ``[S, B, H]``.
     """
-    packed: PackedSeqParams | None = None
+    packed = None
     if args.cu_seqlens is not None:
-        longest = int((args.cu_seqlens[1:] - args.cu_seqlens[:-1]).max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=args.cu_seqlens,
-            cu_seqlens_kv=args.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+        packed = pack_row(
+            args.cu_seqlens,
+            position_ids=args.position_ids,
+            backend=backend,
+            cp_rank=state.cp_rank,
+            cp_size=state.cp_size,
         )
     output: Tensor = model(
         input_ids=args.tokens,

@@ -5,12 +5,12 @@ supports neither packed sequences nor context parallelism. Projections, RoPE and
 normalisation of queries and keys happen before; nothing here has parameters.
 
 Shapes: s tokens on this rank, b sequences, n query heads and g key/value heads of this
-tensor-parallel rank, d head width, t tokens of a packed row. Megatron's layout is ``[s, b, n, d]``
-or, packed, ``[t, n, d]``.
+tensor-parallel rank, d head width. Megatron's layout is ``[s, b, n, d]``; a packed row has b = 1.
 """
 
 import functools
 import inspect
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_cgn.errors import ConfigError
+from megatron_cgn.model.packing import PackedRow, Span
 
 
 class NativeAttention(MegatronModule):
@@ -87,78 +88,57 @@ class NativeAttention(MegatronModule):
         """Attend. Collective over cp if the context-parallel size is above one.
 
         Args:
-            query: ``[s, b, n, d]``, or packed ``[t, n, d]``.
-            key: ``[s, b, g, d]``, or packed ``[t, g, d]``; n is a multiple of g.
+            query: ``[s, b, n, d]``.
+            key: ``[s, b, g, d]``; n is a multiple of g.
             value: As `key`.
             attention_mask: Must be None: a mask of s × s scores is what this class avoids.
             attn_mask_type: ``causal`` (the last query sees every key), or ``no_mask`` when keys
                 come from a cache.
             attention_bias: Must be None.
-            packed_seq_params: Where the sequences of a packed row start; each attends to itself.
+            packed_seq_params: A `PackedRow`: each sequence of the row attends to itself alone.
 
         Returns:
-            ``[s, b, n * d]``, or packed ``[t, n * d]``.
-
-        Raises:
-            ConfigError: If a packed row is split over context-parallel ranks.
+            ``[s, b, n * d]``.
         """
         assert attention_mask is None and attention_bias is None, "mask by packed_seq_params"
         causal = (attn_mask_type or self.attn_mask_type) is not AttnMaskType.no_mask
-        context_parallel = self.cp_group.size() > 1
-        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            if context_parallel:
-                raise ConfigError(
-                    f"parallel.context_parallel_size={self.cp_group.size()}: packed sequences "
-                    "cannot be split over context-parallel ranks by the native attention. Set "
-                    "it to 1, or set model.backend=te."
-                )
-            assert causal
-            return self._packed(query, key, value, packed_seq_params)
+        gathers = causal and self.cp_group.size() > 1
+        if gathers:
+            key, value = self._gather(key, value)
+        if packed_seq_params is not None:
+            assert causal and isinstance(packed_seq_params, PackedRow), "see pack_row"
+            return self._packed(query, key, value, packed_seq_params.spans)
         heads = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if context_parallel and causal:
+        if gathers:
             out = self._context_parallel(*heads)
         else:
             out = attend(*heads, causal=causal, scale=self.softmax_scale)
         return out.permute(2, 0, 1, 3).flatten(2)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """Block-diagonal causal attention over ``[t, n, d]``."""
-        kernel = _varlen_kernel() if _has_flash(query) else None
-        if kernel is not None:
-            starts, longest = packed.cu_seqlens_q, int(packed.max_seqlen_q)
-            out = kernel(
-                query,
-                key,
-                value,
-                starts,
-                starts,
-                longest,
-                longest,
-                scale=self.softmax_scale,
-                window_size=(-1, 0),
-                enable_gqa=True,
-            )
-            return cast(Tensor, out).flatten(1)
-        bounds = packed.cu_seqlens_q.tolist()
-        assert bounds[0] == 0 and bounds[-1] == query.size(0), "cu_seqlens must cover the row"
-        outputs = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            out = attend(q, k, v, causal=True, scale=self.softmax_scale)
-            outputs.append(out.squeeze(0).transpose(0, 1).flatten(1))
-        return torch.cat(outputs)
+    def _gather(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[s, b, g, d]`` of all context-parallel ranks, in sequence order."""
+        width = key.size(-1)
+        both = _GatherZigzag.apply(torch.cat((key, value), dim=-1), self.cp_group)
+        key, value = both.split((width, both.size(-1) - width), dim=-1)
+        return key, value
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, spans: list[Span]) -> Tensor:
+        """Block-diagonal causal attention of this rank's parts of a row."""
+        parts = zip(query.squeeze(1).chunk(len(spans)), spans, strict=True)
+        key, value = key.squeeze(1), value.squeeze(1)
+        outputs = [
+            attend_packed(q, key[span.keys], value[span.keys], span, scale=self.softmax_scale)
+            for q, span in parts
+        ]
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return out.flatten(1).unsqueeze(1)
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention over ``[b, n, s, d]``, where s is two chunks of the sequence.
+        """Causal attention of two chunks of queries over all keys, ``[b, n, s, d]``.
 
         The sequence is cut into ``2 * cp`` chunks; rank r holds chunks r and ``2 * cp - 1 - r``,
         so that every rank has the same number of scores to compute.
         """
-        width = key.size(-1)
-        gathered = _GatherZigzag.apply(
-            torch.cat((key, value), dim=-1).movedim(2, 0), self.cp_group
-        ).movedim(0, 2)
-        key, value = gathered.split((width, gathered.size(-1) - width), dim=-1)
         size, rank = self.cp_group.size(), self.cp_group.rank()
         outputs = []
         for chunk, q in zip((rank, 2 * size - 1 - rank), query.chunk(2, dim=2), strict=True):
@@ -194,6 +174,54 @@ def attend(
     elif causal:
         options["attn_mask"] = causal_lower_right(query.size(2), key.size(2))
     return F.scaled_dot_product_attention(query, key, value, **options)
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, span: Span, *, scale: float | None
+) -> Tensor:
+    """Causal attention within each sequence of a part of a packed row.
+
+    Args:
+        query: ``[q, n, d]``, the queries of `span`.
+        key: ``[k, g, d]``, its keys.
+        value: As `key`.
+        span: Where sequences start.
+        scale: Factor of the scores; None for ``1 / sqrt(d)``.
+
+    Returns:
+        ``[q, n, d]``.
+    """
+    kernel = _varlen_kernel() if _has_flash(query) else None
+    if kernel is not None:
+        out = kernel(
+            query,
+            key,
+            value,
+            span.query_starts,
+            span.key_starts,
+            max(span.query_lengths),
+            max(span.key_lengths),
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=True,
+        )
+        return cast(Tensor, out)
+    queries = torch.split(query, span.query_lengths)
+    keys, values = (torch.split(x, span.key_lengths) for x in (key, value))
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, lengths in enumerate(zip(span.query_lengths, span.key_lengths, strict=True)):
+        alike[lengths].append(place)
+    outputs: list[Tensor] = [query] * len(queries)
+    # Sequences of one length are one batch: a call costs more than fifty tokens do.
+    for places in alike.values():
+        q, k, v = (
+            torch.stack([parts[i] for i in places]).transpose(1, 2)
+            for parts in (queries, keys, values)
+        )
+        out = attend(q, k, v, causal=True, scale=scale).transpose(1, 2)
+        for place, one in zip(places, out.unbind(), strict=True):
+            outputs[place] = one
+    return torch.cat(outputs)
 
 
 def _has_flash(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.heads import mask_padded_vocabulary, padded_vocab_size
 from megatron_cgn.model.initialize import initialize_weights
 from megatron_cgn.model.native import NativeRMSNorm, native_layer_spec
-from megatron_cgn.model.rope import rope_inverse_frequencies
+from megatron_cgn.model.rope import Rotary
 
 Backend = Literal["native", "te"]
 
@@ -221,10 +221,7 @@ def build_model(
             pg_collection=groups,
             vp_stage=virtual_stage,
         )
-        # Not a buffer, so neither a checkpoint nor a cast to BF16 ever touches it.
-        chunk.rotary_pos_emb.inv_freq = rope_inverse_frequencies(architecture).to(
-            torch.cuda.current_device()
-        )
+        chunk.rotary_pos_emb = Rotary(architecture, cp_group=groups.cp)
         if seed is not None:
             initialize_weights(
                 chunk,

@@ -34,7 +34,8 @@ class ForwardArgs:
         position_ids: RoPE positions, int64 ``[B, S]``.
         labels: Ids to predict, int64 ``[B, S]``; then the model's output is the per-token negative
             log-likelihood, float32 ``[B, S]``. None: the output is the head's own.
-        cu_seqlens: Starts of packed sequences and the end, int32 ``[N + 1]``, or None.
+        cu_seqlens: Starts of packed sequences and the end, int32 ``[N + 1]`` on the CPU, or None;
+            see `TokenBatch`.
     """
 
     tokens: Tensor
@@ -50,7 +51,8 @@ class LossOutput:
     Attributes:
         loss_sum: Scalar float32: sum of the loss over this rank's units.
         count: Scalar integer on the device: how many units.
-        metrics: Further means to report under their names.
+        metrics: Further means to report under their names; the same names for every micro-batch
+            of a step. One whose count is 0 over the whole step is not reported.
     """
 
     loss_sum: Tensor

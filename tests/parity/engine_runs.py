@@ -5,7 +5,7 @@ attention are `transformers`', AdamW is PyTorch's, schedule and masked mean are 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Outcome:
     grad_norms: list[float]
     counts: list[int]
     weights: dict[str, Tensor]
+    sources: list[dict[int, float]] = field(default_factory=list)
 
 
 def write_models(root: Path) -> dict[str, Path]:
@@ -191,8 +192,28 @@ def read_outcome(figures: tuple[list[float], ...], export_dir: Path) -> Outcome:
     )
 
 
-def plain_loop(path: Path) -> Outcome:
-    """The same ten steps with `transformers` and PyTorch alone."""
+def joined_logits(model: Any, batch: TokenBatch) -> Tensor:
+    """Logits of `transformers` where every token sees the whole row before it."""
+    logits: Tensor = model(batch.tokens, use_cache=False).logits
+    return logits
+
+
+def plain_loop(
+    path: Path,
+    *,
+    batches: Callable[[int], TokenBatch] = global_batch,
+    logits_of: Callable[[Any, TokenBatch], Tensor] = joined_logits,
+) -> Outcome:
+    """The same ten steps with `transformers` and PyTorch alone.
+
+    Args:
+        path: The model's Hugging Face directory.
+        batches: The global batch of a step.
+        logits_of: The model's logits ``[B, S, V]``.
+
+    Returns:
+        The outcome, with the mean loss of each source if batches know their sources.
+    """
     from transformers import AutoModelForCausalLM  # not needed by the gloo processes
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -205,10 +226,10 @@ def plain_loop(path: Path) -> Outcome:
         betas=(0.9, 0.95),
         eps=1e-8,
     )
-    losses, norms, counts = [], [], []
+    losses, norms, counts, sources = [], [], [], []
     for step in range(STEPS):
-        batch = global_batch(step)
-        logits = model(batch.tokens, use_cache=False).logits.float()
+        batch = batches(step)
+        logits = logits_of(model, batch).float()
         nll = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch.labels.flatten(), reduction="none"
         )
@@ -222,8 +243,20 @@ def plain_loop(path: Path) -> Outcome:
         optimizer.step()
         losses.append(loss.item())
         counts.append(int(mask.sum()))
+        if batch.source_ids is not None:
+            sources.append(source_means(nll.detach(), mask, batch.source_ids.flatten()))
     weights = {name: p.detach() for name, p in model.named_parameters()}
-    return Outcome(losses=losses, grad_norms=norms, counts=counts, weights=weights)
+    return Outcome(losses=losses, grad_norms=norms, counts=counts, weights=weights, sources=sources)
+
+
+def source_means(nll: Tensor, mask: Tensor, ids: Tensor) -> dict[int, float]:
+    """Mean loss of the counted tokens of each source that has any."""
+    found = {}
+    for source in sorted(set(ids.tolist())):
+        mine = (ids == source) & (mask > 0)
+        if mine.any():
+            found[source] = float(nll[mine].double().mean())
+    return found
 
 
 def plain_rate(step: int) -> float:

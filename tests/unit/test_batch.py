@@ -20,6 +20,7 @@ def _batch(length: int = 8, *, packed: bool = False) -> TokenBatch:
         loss_mask=torch.ones(2, length),
         position_ids=ids % length,
         cu_seqlens=torch.tensor([0, 3, length], dtype=torch.int32) if packed else None,
+        source_ids=ids % 3,
     )
 
 
@@ -27,7 +28,7 @@ def test_every_tensor_with_a_sequence_is_mapped_and_no_other() -> None:
     batch = _batch(packed=True)
     half = map_sequences(batch, lambda t: t[:, :4])
     assert isinstance(half, TokenBatch)
-    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+    for name in ("tokens", "labels", "loss_mask", "position_ids", "source_ids"):
         assert torch.equal(getattr(half, name), getattr(batch, name)[:, :4])
     assert half.cu_seqlens is batch.cu_seqlens
     assert batch.tokens.shape == (2, 8), "the batch itself must not change"
@@ -56,6 +57,13 @@ def test_moving_keeps_values_and_types() -> None:
     for field in dataclasses.fields(TokenBatch):
         before, after = getattr(_batch(packed=True), field.name), getattr(moved, field.name)
         assert torch.equal(before, after) and before.dtype == after.dtype
+
+
+def test_where_packed_sequences_start_stays_on_the_host() -> None:
+    moved = to_device(_batch(packed=True), torch.device("meta"))
+    places = {f.name: getattr(moved, f.name).device.type for f in dataclasses.fields(moved)}
+    assert places.pop("cu_seqlens") == "cpu"
+    assert set(places.values()) == {"meta"}
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])

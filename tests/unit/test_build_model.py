@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_cgn.config.schema import ModelConfig, ParallelConfig
 from megatron_cgn.model.architecture import Architecture, Llama3RopeScaling
 from megatron_cgn.model.build import build_model, transformer_config
+from megatron_cgn.model.packing import pack_row
 from megatron_cgn.parallel.seed import seed_everything
 from megatron_cgn.parallel.state import ParallelState, initialize_parallel, shutdown_parallel
 
@@ -83,7 +84,7 @@ def _batch() -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :-1], ids[:, 1:], torch.arange(96).expand(2, -1)
 
 
-def _nll(model: Any, packed: PackedSeqParams | None = None) -> Tensor:
+def _nll(model: Any, packed: Any | None = None) -> Tensor:
     tokens, labels, positions = _batch()
     if packed is not None:
         tokens, labels, positions = (x.reshape(1, -1) for x in (tokens, labels, positions))
@@ -158,7 +159,7 @@ def test_loss_is_that_of_transformers(state: ParallelState) -> None:
         torch.testing.assert_close(ours[..., : TINY.vocab_size], logits, rtol=0, atol=1e-5)
         # Against the same model without RoPE scaling, so that the test can see it.
         model.rotary_pos_emb.inv_freq.mul_(2.0)
-        model.rotary_pos_emb.forward.cache_clear()
+        RotaryEmbedding.forward.cache_clear()
         assert (_nll(model) - expected).abs().max() > 1e-2
 
 
@@ -216,13 +217,10 @@ def test_a_packed_row_is_the_batch_it_packs(
     expected = _nll(model)
     expected.sum().backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-    starts = torch.tensor([0, 96, 192], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=96,
-        max_seqlen_kv=96,
+    packed = pack_row(
+        torch.tensor([0, 96, 192], dtype=torch.int32),
+        position_ids=torch.arange(96).repeat(2)[None],
+        backend="native",
     )
     model.zero_grad()
     nll = _nll(model, packed)

@@ -9,7 +9,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cgn.errors import ConfigError
-from megatron_cgn.model.attention import NativeAttention
+from megatron_cgn.model.attention import NativeAttention, attend_packed
+from megatron_cgn.model.packing import PackedRow, pack_row
 from megatron_cgn.parallel import cpu
 
 cpu.install()
@@ -74,16 +75,16 @@ def _inputs(s: int, b: int, *, keys: int | None = None) -> tuple[Tensor, Tensor,
     )
 
 
-def _packed(bounds: list[int]) -> PackedSeqParams:
-    starts = torch.tensor(bounds, dtype=torch.int32)
-    longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+def _packed(bounds: list[int], **part: int) -> PackedRow:
+    length = bounds[-1] // part.get("cp_size", 1)
+    packed = pack_row(
+        torch.tensor(bounds, dtype=torch.int32),
+        position_ids=torch.arange(length)[None],
+        backend="native",
+        **part,
     )
+    assert isinstance(packed, PackedRow)
+    return packed
 
 
 def test_equals_textbook_attention_forward_and_backward() -> None:
@@ -124,12 +125,12 @@ def test_softmax_scale_is_used() -> None:
     )
 
 
-def test_packed_sequences_equal_the_same_sequences_alone() -> None:
-    bounds = [0, 7, 8, 31, 40]
+@pytest.mark.parametrize("bounds", [[0, 7, 8, 31, 40], [0, 10, 20, 30, 40], [0, 40]])
+def test_packed_sequences_equal_the_same_sequences_alone(bounds: list[int]) -> None:
     inputs = [x.requires_grad_() for x in _inputs(40, 1)]
-    out = _attention()(*(x.squeeze(1) for x in inputs), None, packed_seq_params=_packed(bounds))
+    out = _attention()(*inputs, None, packed_seq_params=_packed(bounds))
     pieces = [_naive(*(x[a:b] for x in inputs)) for a, b in zip(bounds, bounds[1:], strict=False)]
-    expected = torch.cat(pieces).squeeze(1)
+    expected = torch.cat(pieces)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=FP32_ATTENTION_ATOL)
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, inputs, grad)
@@ -145,7 +146,7 @@ def test_a_packed_neighbour_changes_no_bit() -> None:
         x[13:29] += 5.0
     results = []
     for inputs in (before, after):
-        leaves = [x.squeeze(1).clone().requires_grad_() for x in inputs]
+        leaves = [x.clone().requires_grad_() for x in inputs]
         out = _attention()(*leaves, None, packed_seq_params=packed)
         out.sum().backward()
         results.append([out, *(x.grad for x in leaves)])
@@ -155,16 +156,93 @@ def test_a_packed_neighbour_changes_no_bit() -> None:
     assert not torch.equal(results[0][0][13:29], results[1][0][13:29])
 
 
-def test_packed_rows_with_context_parallelism_are_refused() -> None:
-    q, k, v = (x.squeeze(1) for x in _inputs(8, 1))
-    with pytest.raises(ConfigError, match=r"context_parallel_size=2.*packed"):
-        _attention(cp=2)(q, k, v, None, packed_seq_params=_packed([0, 3, 8]))
+@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("bounds", [[0, 64], [0, 8, 16, 24, 64], [0, 1, 30, 31, 63, 64]])
+def test_parts_of_a_packed_row_see_their_own_sequences(bounds: list[int], cp_size: int) -> None:
+    query, key, value = _inputs(64, 1)
+    sequences = list(zip(bounds, bounds[1:], strict=False))
+    expected = torch.cat([_naive(query[a:b], key[a:b], value[a:b]) for a, b in sequences])
+    part = 64 // (2 * cp_size)
+    for rank in range(cp_size):
+        spans = _packed(bounds, cp_rank=rank, cp_size=cp_size).spans
+        for chunk, span in zip((rank, 2 * cp_size - 1 - rank), spans, strict=True):
+            mine = slice(chunk * part, (chunk + 1) * part)
+            # Keys before the first query's own sequence are not even handed over.
+            assert span.first_key == max(a for a in bounds if a <= mine.start)
+            assert span.keys.stop == mine.stop
+            out = attend_packed(
+                query[mine, 0], key[span.keys, 0], value[span.keys, 0], span, scale=None
+            )
+            torch.testing.assert_close(
+                out.flatten(1).double(), expected[mine, 0], rtol=0, atol=FP32_ATTENTION_ATOL
+            )
 
 
-def test_cu_seqlens_that_leave_tokens_out_are_a_programmers_fault() -> None:
-    q, k, v = (x.squeeze(1) for x in _inputs(8, 1))
-    with pytest.raises(AssertionError, match="cover the row"):
-        _attention()(q, k, v, None, packed_seq_params=_packed([0, 3, 7]))
+def test_the_packed_kernel_is_told_the_same_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of a CUDA device, played by textbook attention under its documented contract."""
+    calls = []
+
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        **how: Any,
+    ) -> Tensor:
+        calls.append((max_q, max_k, how))
+        pieces = [
+            _naive(*(x[None, a:b].transpose(0, 1) for x, (a, b) in ((q, s), (k, t), (v, t))))
+            for s, t in zip(_pairs(cu_q), _pairs(cu_k), strict=True)
+        ]
+        return torch.cat(pieces).view_as(q).to(q.dtype)
+
+    def _pairs(starts: Tensor) -> list[tuple[int, int]]:
+        bounds = starts.tolist()
+        return list(zip(bounds, bounds[1:], strict=False))
+
+    inputs = _inputs(40, 1)
+    packed = _packed([0, 13, 14, 29, 40], cp_rank=1, cp_size=2)  # places 10 to 30
+    parts = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr("megatron_cgn.model.attention._has_flash", lambda x: True)
+            monkeypatch.setattr("megatron_cgn.model.attention._varlen_kernel", lambda: kernel)
+        for span, start in zip(packed.spans, (10, 20), strict=True):
+            q, (k, v) = inputs[0][start : start + 10, 0], (x[span.keys, 0] for x in inputs[1:])
+            parts.append(attend_packed(q, k, v, span, scale=None))
+    torch.testing.assert_close(parts[2:], parts[:2], rtol=0, atol=2 * FP32_ATTENTION_ATOL)
+    how = {"scale": None, "window_size": (-1, 0), "enable_gqa": True}
+    assert calls == [(6, 13, how), (9, 15, how)]
+
+
+@pytest.mark.parametrize("bounds", [[0, 3, 7], [1, 8], [0, 3, 3, 8]])
+def test_cu_seqlens_that_are_wrong_are_a_programmers_fault(bounds: list[int]) -> None:
+    with pytest.raises(AssertionError, match="cover the row|may be empty"):
+        pack_row(
+            torch.tensor(bounds, dtype=torch.int32),
+            position_ids=torch.arange(8)[None],
+            backend="native",
+        )
+
+
+def test_a_packed_row_of_another_kind_is_never_ignored() -> None:
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    foreign = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    with pytest.raises(AssertionError, match="pack_row"):
+        _attention()(*_inputs(8, 1), None, packed_seq_params=foreign)
+
+
+def test_transformer_engine_is_told_in_its_own_terms_or_refused() -> None:
+    starts = torch.tensor([0, 3, 8], dtype=torch.int32)
+    packed = pack_row(starts, position_ids=torch.arange(8)[None], backend="te")
+    assert packed.qkv_format == "thd"
+    assert packed.cu_seqlens_q.tolist() == packed.cu_seqlens_kv.tolist() == [0, 3, 8]
+    assert (packed.max_seqlen_q, packed.max_seqlen_kv) == (5, 5)
+    with pytest.raises(ConfigError, match=r"context_parallel_size: 2.*model.backend=native"):
+        pack_row(starts, position_ids=torch.arange(4)[None], backend="te", cp_size=2)
 
 
 @pytest.mark.parametrize(
