@@ -5,14 +5,14 @@ import re
 from collections.abc import Iterator
 
 from megatron_cgn.corpus.redact.identity import compact
-from megatron_cgn.corpus.redact.view import Span, View
+from megatron_cgn.corpus.redact.view import Span, View, last_end
 
 _TELEPHONE = re.compile(
     r"电话|手机|移动|座机|固话|热线|传真|联系方式|联系人|联络|致电|来电|拨打|拨|呼叫|微信|短信|"
     r"客服|总机|分机|"
     r"值班室|号码(?<!编号码)|"
     r"(?<![a-z])(?:tel|telephone|phone|mobile|mob|cell|fax|call|hotline|contact|whatsapp|wechat|vx|"
-    r"m|t|f|ph)(?![a-z])",
+    r"ph|[mtf](?=[ ]?:))(?![a-z])",
     re.IGNORECASE,
 )
 _S = r"(?:[ .-]|[ ]?\r?\n[ ]{0,4})?"
@@ -29,7 +29,7 @@ _MOBILE_ABROAD = re.compile(
     re.S,
 )
 _AREA = r"(?:10|2[0-57-9]|[3-9][0-9]{2})"
-_LOCAL = r"[2-8][0-9]{2,3}[ -]?[0-9]{4}"
+_LOCAL = r"[2-8][0-9]{2}(?:[ -]?[0-9]{4}|[0-9][ -]?[0-9]{3,4})"
 _EXTENSION = (
     r"(?:[ ]?(?:[(]?(?:转|分机号?:?|[Ee]xt\.?:?|x)[ ]?|[-*#])[0-9]{1,6}\)?(?![0-9A-Za-z-]))?"
 )
@@ -47,9 +47,9 @@ _SERVICE = re.compile(
     rf"(?![0-9A-Za-z]){_EXTENSION}",
     re.S,
 )
-_BARE = re.compile(
-    rf"[2-8](?<![0-9A-Za-z.-].)[0-9]{{2,3}}[ -]?[0-9]{{4}}(?![0-9A-Za-z]){_EXTENSION}", re.S
-)
+_BARE = re.compile(rf"(?=[2-8](?<![0-9A-Za-z.-].)){_LOCAL}(?![0-9A-Za-z]){_EXTENSION}", re.S)
+# Between label and number: a few words, or another number of the kind.
+_BARE_GAP = re.compile(r"[^0-9\n]{0,8}|[0-9 /、,;:()+-]{0,28}")
 _ABROAD = re.compile(
     r"[+0](?<![0-9A-Za-z.].)(?:(?<=0)0)?[ ]?(?!86)[1-9][0-9]{0,2}[ .-]?(?:\(0?[0-9]{0,4}\)[ .-]?)?"
     r"[0-9]{1,5}(?:[ .-]?[0-9]{2,5}){1,5}(?![0-9])(?:[ ]?(?:x|ext\.?)[ ]?[0-9]{1,6})?",
@@ -89,7 +89,7 @@ _SPELT_DOMAIN = re.compile(
 _MACHINE = re.compile(
     r"ip|地址|网关|子网|服务器|主机|网段|交换机|路由|防火墙|端口|登录|访问|内网|外网|网络|"
     r"(?<![a-z])(?:dns|ping|ssh|ftp|gateway|host|server|address|addr|from|client|remote|proxy|"
-    r"telnet|subnet|listen|login|node|https?://|@)",
+    r"telnet|subnet|listen|login|node|https?://)|@\Z",
     re.IGNORECASE,
 )
 _IPV4 = re.compile(
@@ -102,12 +102,14 @@ _SECTION = re.compile(
     r"[Cc]lause|[Aa]ppendix|[Tt]able|[Ff]ig(?:ure)?\.?|[Ff]irmware|[Dd]river)[ :]{0,2}\Z"
 )
 _IPV6 = re.compile(
-    r"[0-9A-Fa-f:](?<![0-9A-Za-z:.].)(?:[0-9A-Fa-f]{0,4}:){1,7}[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:.])",
+    r"[0-9A-Fa-f](?<![0-9A-Za-z.].)(?:[0-9A-Fa-f]{0,3}:)(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![0-9A-Za-z:.])",
     re.S,
 )
+# A longer chain of such groups, such as a fingerprint, is no address.
+_HEX_BEFORE = re.compile(r"(?<![0-9A-Za-z])[0-9A-Fa-f]{0,4}[:-]\Z")
 _HEX_PAIRS = re.compile(r"[:-][0-9A-Fa-f]{2}(?=[:-])")
 _MAC = re.compile(
-    r"[0-9A-Fa-f](?<![0-9A-Za-z:-].)[0-9A-Fa-f](?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![0-9A-Za-z]|[:-][0-9A-Fa-f])",
+    r"[0-9A-Fa-f](?<![0-9A-Za-z].)[0-9A-Fa-f](?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![0-9A-Za-z]|[:-][0-9A-Fa-f])",
     re.S,
 )
 _MAC_DOTS = re.compile(
@@ -133,6 +135,13 @@ def telephones(view: View) -> Iterator[Span]:
         if view.label(match.start(), _TELEPHONE) is not True:
             return None
         return Span("phone", match.start(), match.end(), compact(match[0]))
+
+    def bare(match: re.Match[str]) -> Span | None:
+        before = view.before(match.start())
+        label = last_end(_TELEPHONE, before)
+        if label >= 0 and not _BARE_GAP.fullmatch(before, label):
+            return None
+        return labelled(match)
 
     def fixed(match: re.Match[str]) -> Span | None:
         # Ten digits in one run may be anything.
@@ -164,7 +173,7 @@ def telephones(view: View) -> Iterator[Span]:
     yield from view.matches(_SERVICE, fixed)
     yield from view.matches(_ABROAD, abroad)
     yield from view.matches(_AMERICAN, american)
-    yield from view.matches(_BARE, labelled)
+    yield from view.matches(_BARE, bare)
 
 
 def emails(view: View) -> Iterator[Span]:
@@ -206,6 +215,8 @@ def machines(view: View) -> Iterator[Span]:
         return Span("ip", match.start(), match.end(), match[0])
 
     def ipv6(match: re.Match[str]) -> Span | None:
+        if _HEX_BEFORE.search(view.before(match.start(), characters=6)):
+            return None
         groups = [group for group in match[0].split(":") if group]
         if len(groups) < 2 or not any(c.isdigit() for c in match[0]):
             return None
@@ -218,6 +229,8 @@ def machines(view: View) -> Iterator[Span]:
         return Span("ip", match.start(), match.end(), str(address))
 
     def mac(match: re.Match[str]) -> Span | None:
+        if _HEX_BEFORE.search(view.before(match.start(), characters=6)):
+            return None
         letters = any(character.isalpha() for character in match[0])
         if not letters and not view.label(match.start(), _LABELLED_MAC):
             return None
@@ -262,7 +275,7 @@ def _may_be_telephone(view: View, match: re.Match[str]) -> bool:
     if match[0][0] in "+(":
         return True
     return " " not in match[0] or not (
-        re.search(r"[0-9]\s{1,2}\Z", before) or re.match(r"\s{1,2}[0-9]", after)
+        re.search(r"[0-9] {1,2}\Z", before) or re.match(r" {1,2}[0-9]", after)
     )
 
 

@@ -29,6 +29,12 @@ _CREDIT_CODE = re.compile(
     r"a-hj-np-rtuw-y]){10}(?![0-9A-Za-z])",
     re.S,
 )
+# Authority and category, table 1 of GB 32100.
+_AUTHORITIES = frozenset(
+    "11 12 13 19 21 29 31 32 33 34 35 39 41 49 51 52 53 54 59 61 62 69 71 72 79 81 89 91 92 93 "
+    "A1 A9 N1 N2 N3 N9 Y1".split()
+)
+_LABELLED_CODE = re.compile("信用代码|税号|识别号|机构代码")
 _LABELLED_TAX = re.compile(r"(?:税号|识别号|信用代码)[^0-9A-Za-z\n]{0,8}\Z")
 _TAX_NUMBER = re.compile(r"[0-9](?<![0-9A-Za-z].)[0-9A-Z]{14,19}(?![0-9A-Za-z])", re.S)
 
@@ -107,7 +113,12 @@ def credit_codes(view: View) -> Iterator[Span]:
 
     def accept(match: re.Match[str]) -> Span | None:
         code = compact(match[0])
-        if uscc.calc_check_digit(code) != code[-1]:
+        labelled = view.label(match.start(), _LABELLED_CODE)
+        if len(match[0]) > len(code) and not labelled:
+            return None
+        if code[:2] not in _AUTHORITIES or uscc.calc_check_digit(code) != code[-1]:
+            return None
+        if code.isdigit() and _date(code[6:14]) and not labelled:
             return None
         return Span("credit_code", match.start(), match.end(), code)
 
@@ -208,8 +219,8 @@ def _in_columns(view: View, match: re.Match[str]) -> bool:
         view.text[match.end() : match.end() + 3],
     )
     return (
-        re.search(r"[0-9]\s{1,2}\Z", before) is not None
-        or re.match(r"\s{1,2}[0-9]", after) is not None
+        re.search(r"[0-9] {1,2}\Z", before) is not None
+        or re.match(r" {1,2}[0-9]", after) is not None
     )
 
 

@@ -19,7 +19,7 @@ from megatron_cgn.corpus.redact.surnames import (
 from megatron_cgn.corpus.redact.view import MASKED, Span, View
 
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
-_SURNAMES = "".join(sorted(set(COMMON + OTHER) - set(NOT_SURNAMES)))
+_SURNAMES = "".join(sorted(set(COMMON + OTHER)))
 _ROLES = (
     "姓名|联系人|联络人|编制|编写|编者|起草|拟稿|撰写|撰稿|作者|译者|校核|校对|审核|审查|审定|"
     "审批|审阅|批准|会签|签发|签字|"
@@ -44,8 +44,10 @@ _LABEL = re.compile(
     rf"(?:{_ROLES})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
     r"(?:[ ]?\([^()\n]{0,12}\))?"
     r"(?P<gap>[ \t]{0,8}(?::|=|\|)[ \t|]{0,6}(?:\r?\n[ \t|]{0,4})?|为[: ]?|是[: ]?|[ \t]{1,8}|"
-    r"[ \t]{0,4}\r?\n[ \t|]{0,4})"
+    r"[ \t]{0,4}\r?\n[ \t|]{0,4}|)"
 )
+# Of the labels, those that are a person and no activity.
+_PERSON = re.compile("(?:[人员者长师]|代表|经理|主任|姓名|专责|司机|户名)\\Z")
 _TITLES = (
     "先生|女士|小姐|同志|同学|老师|师傅|博士|教授|院士|总工程师|高级工程师|工程师|总经理|"
     "副总经理|经理|董事长|副总|总监|主任|"
@@ -59,9 +61,11 @@ _AFTER = (
     r"批准|会签|负责|提出|汇报|介绍|表示|指出|认为|说|主持|和|与|及|等|的|在|于|已|将|于|以及|男|"
     r"女|签)"
 )
+_WORD_ENDS = re.compile(f"[^{_HAN}]|$|{_TITLES}")
 _G = rf"[{_HAN}](?<![{NOT_GIVEN}])"
 _SURNAME = rf"(?:{'|'.join(COMPOUND)}|[{_SURNAMES}])"
 _CHINESE = re.compile(rf"{_SURNAME}(?:{_G}{_G}|{_G}|[ ]{{1,4}}{_G}|[ ]{_G}[ ]{_G}){_AFTER}")
+_FULL_NAME = re.compile(rf"{_SURNAME}(?:{_G}){{1,2}}")
 _MINORITY = re.compile(
     rf"[{_HAN}]{{2,10}}[·•・][{_HAN}]{{2,10}}(?:[·•・][{_HAN}]{{2,10}})?{_AFTER}"
 )
@@ -103,7 +107,13 @@ _ORGANISATIONS = frozenset(
     "energy electric reactor water the this that all none not see to be date number no yes pending "
     "approved general chief senior deputy shift customer support sales help desk public affairs "
     "human "
-    "resources test report version revision page table figure chapter north south east west china "
+    "pump valve tank pipe line building room feedwater coolant steam generator turbine pressure "
+    "vessel heat exchanger emergency containment fuel core cooling spray primary secondary loop "
+    "main "
+    "auxiliary model data file type status value note notes results summary introduction method "
+    "methods background overview appendix annex section see using new open source first last use "
+    "default example input output time "
+    "resources test report version revision table figure chapter china "
     "republic international national atomic standard standards document procedure".split()
 )
 _NEXT = re.compile(
@@ -132,7 +142,13 @@ def _announced(view: View) -> Iterator[Span]:
     text = view.text
     for match in _LABEL.finditer(text):
         clear = any(sign in match["gap"] for sign in ":=|")
-        yield from _list(text, match.end(), single=not clear)
+        # Without a sign between, the label may be a verb or part of a word.
+        if clear:
+            yield from _list(text, match.end(), single=False)
+        elif match["gap"] or _PERSON.search(match[0]):
+            end = _name_end(text, match.end())
+            if end and text[match.end()] not in NOT_SURNAMES and _WORD_ENDS.match(text, end):
+                yield _span(text, match.end(), end)
     for match in _ENGLISH_SIGN.finditer(text):
         if _english_label(text, match.end() if match[0][0] in "yY" else match.start()):
             yield from _list(text, match.end(), single=False)
@@ -200,28 +216,30 @@ def _organisation(words: list[str]) -> bool:
 def _before_titles(text: str) -> Iterator[Span]:
     """Full names before a title, and a surname alone before 先生, 女士 and the like."""
     for match in _TITLE.finditer(text):
-        start = match.start()
-        for length in (3, 2, 1):
-            name = text[max(0, start - length) : start]
-            if len(name) < length or name[0] not in COMMON:
+        end = match.start()
+        for length in (4, 3, 2, 1):
+            start = end - length
+            if start < 0:
                 continue
-            if length == 1 and not _stands_alone(text, start - 1, match[0]):
-                continue
-            if length > 1 and (
-                not re.fullmatch(rf".(?:{_G}){{1,2}}", name) or not _is_person(name)
-            ):
-                continue
-            yield _span(text, start - length, start)
-            break
+            name = text[start:end]
+            if length == 1:
+                fits = name in COMMON and _word_begins(text, start)
+                fits = fits and name + match[0][0] not in WORDS and name not in "高方任单项金万"
+            else:
+                fits = _FULL_NAME.fullmatch(name) is not None and _is_person(name)
+                fits = fits and (name[0] in COMMON or _word_begins(text, start))
+            if fits:
+                yield _span(text, start, end)
+                break
 
 
-def _stands_alone(text: str, position: int, title: str) -> bool:
-    """Whether a surname begins a word, judging by what is before it."""
-    if text[position : position + 2] in WORDS or text[position] in "高方任单项金万":
-        return False
+def _word_begins(text: str, position: int) -> bool:
+    """Whether a word begins at a position, judging by what is before it."""
     before = text[position - 1 : position]
     return (
-        not before or not re.match(rf"[{_HAN}]", before) or before in "请由与和及向对找给经让跟问是"
+        not before
+        or not re.match(f"[{_HAN}]", before)
+        or before in "请由与和及向对找给经让跟问是客户"
     )
 
 
