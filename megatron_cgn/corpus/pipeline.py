@@ -136,7 +136,7 @@ def _run(job: Job) -> None:
         decisions.decide(job.work, num_parts=num_parts, settings=job.settings)
         job.progress("comparing", 1, 1)
     _second_pass(job, names)
-    _assemble(job, num_parts, digests)
+    _assemble(job, names, digests)
     publish(job.output, job.work)
 
 
@@ -224,8 +224,9 @@ def _second_pass(job: Job, names: tuple[str, ...]) -> None:
         job.progress("writing", 1, len(names))
 
 
-def _assemble(job: Job, num_parts: int, digests: Sequence[str]) -> None:
+def _assemble(job: Job, names: Sequence[str], digests: Sequence[str]) -> None:
     """Make the output beside its place."""
+    num_parts = len(names)
     out = job.work.path("out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -236,7 +237,7 @@ def _assemble(job: Job, num_parts: int, digests: Sequence[str]) -> None:
             job.work,
             stage=second_pass.STAGE,
             piece=piece,
-            num_parts=num_parts,
+            sources=names,
             suffix="jsonl.zst" if piece == "dropped" else job.settings.write.format,
             shard_bytes=job.settings.write.shard_mib << 20,
         )

@@ -6,6 +6,7 @@ many readers of zstd stop after a file's first frame and would lose the rest in 
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Shard:
     """A file of the output, and the pieces it is made of."""
 
     name: str
-    """Path within the output, e.g. ``train/00000.jsonl.zst``."""
+    """Path within the output, e.g. ``train/domain-00000.jsonl.zst``."""
     pieces: tuple[str, ...]
     """Files to join, in order."""
     num_rows: int
@@ -53,15 +54,15 @@ class Written:
 
 
 def plan_shards(
-    work: Work, *, stage: str, piece: str, num_parts: int, suffix: str, shard_bytes: int
+    work: Work, *, stage: str, piece: str, sources: Sequence[str], suffix: str, shard_bytes: int
 ) -> list[Shard]:
-    """Lay pieces out over shards.
+    """Lay pieces out over shards, each of one source: sources are indexed one by one.
 
     Args:
         work: The work directory.
         stage: The stage that left the pieces.
         piece: Which of them: ``train``, ``validation`` or ``dropped``.
-        num_parts: How many parts there are.
+        sources: Name of each part's source.
         suffix: Kind of the shards, e.g. ``jsonl.zst``.
         shard_bytes: Size of the lines at which a shard ends.
 
@@ -70,23 +71,26 @@ def plan_shards(
     """
     shards: list[Shard] = []
     pieces: list[str] = []
+    numbers: Counter[str] = Counter()
     rows = size = first = 0
-    for part in range(num_parts):
+    for part, source in enumerate(sources):
         folder = work.path(stage, part)
         counts = _read_json(folder / "tally.json")["pieces"][piece]
         if counts["rows"]:
             first = part if not pieces else first
             pieces.append(str(folder / f"{piece}.jsonl.zst"))
             rows, size = rows + counts["rows"], size + counts["bytes"]
-        if pieces and (size >= shard_bytes or part == num_parts - 1):
+        last = part + 1 == len(sources) or sources[part + 1] != source
+        if pieces and (size >= shard_bytes or last):
             shards.append(
                 Shard(
-                    name=f"{piece}/{len(shards):05d}.{suffix}",
+                    name=f"{piece}/{source}-{numbers[source]:05d}.{suffix}",
                     pieces=tuple(pieces),
                     num_rows=rows,
                     first_part=first,
                 )
             )
+            numbers[source] += 1
             pieces, rows, size = [], 0, 0
     return shards
 
