@@ -139,7 +139,7 @@ def _near(
     dropped = suspects = np.zeros(total, dtype=np.bool_)
     crowded = np.zeros(total, dtype=np.bool_)
     for number in range(_MAX_PASSES):
-        found = len(search.edges)
+        num_edges = len(search.edges)
         live = candidates & ~dropped
         for packed in sorted_bands(rows, cut, live, memory_bytes=memory_bytes):
             mates = packed if number == 0 else _with_suspects(packed, suspects)
@@ -147,21 +147,24 @@ def _near(
                 mates, search, finer=search.numbers, max_leaders=_MAX_LEADERS
             )
             crowded[left] = True
-        if len(search.edges) == found:
+        edges = search.edges
+        if len(edges) == num_edges:
             break
-        dropped = greedy(search.edges, total)
+        dropped = greedy(edges, total)
         suspects = np.zeros(total, dtype=np.bool_)
-        suspects[search.edges.second] = True
+        suspects[edges.second] = True
         suspects &= ~dropped
         logger.info(
             "near-duplicates, pass %d: %d pairs, %d documents dropped, %d to compare again",
             number + 1,
-            len(search.edges) - found,
+            len(edges) - num_edges,
             dropped.sum(),
             suspects.sum(),
         )
         if not suspects.any():
             break
+    else:
+        logger.warning("near-duplicates: stopped after %d passes; some may be kept", _MAX_PASSES)
     chosen, similarity = best_kept(search.edges, dropped)
     return chosen[first], similarity[first], int((crowded & ~dropped).sum())
 
@@ -180,7 +183,7 @@ class _Search:
     ) -> None:
         self.rows = Rows(parts)
         self.numbers = np.concatenate([part.hashes[:, 3] for part in parts])
-        self.edges = NO_EDGES
+        self._found: list[Edges] = [NO_EDGES]
         self._forms = np.concatenate([part.hashes[:, 2] for part in parts])
         self._num_prior, self._settings = num_prior, settings
         # The leader that each document was last found similar to: the same pair meets in most
@@ -202,12 +205,19 @@ class _Search:
         similar = similarity >= self._settings.similarity_threshold
         known[asked[similar]] = True
         self._leader[others[similar]] = leaders[similar]
-        self.edges = Edges(
-            np.concatenate((self.edges.first, leaders[similar])),
-            np.concatenate((self.edges.second, others[similar])),
-            np.concatenate((self.edges.similarity, similarity[similar])),
-        )
+        if similar.any():
+            self._found.append(Edges(leaders[similar], others[similar], similarity[similar]))
         return known
+
+    @property
+    def edges(self) -> Edges:
+        """The similar pairs found so far."""
+        first, second, similarity = (
+            np.concatenate([getattr(found, name) for found in self._found])
+            for name in ("first", "second", "similarity")
+        )
+        self._found = [Edges(first, second, similarity)]
+        return self._found[0]
 
 
 def _with_suspects(packed: npt.NDArray[np.uint64], suspects: Flags) -> npt.NDArray[np.uint64]:

@@ -133,7 +133,7 @@ def tokenize(texts: Sequence[str]) -> Tokens:
     """Cut documents into tokens.
 
     Args:
-        texts: Documents, without lone surrogates, about `PIECE_CHARACTERS` in all.
+        texts: One document or more, without lone surrogates, about `PIECE_CHARACTERS` in all.
 
     Returns:
         Their tokens.
