@@ -10,9 +10,11 @@ these. Of equal documents, that of the source named first is kept. Settings foll
 ``step.name=value``; megatron_cgn/config/corpus.py has all of them. An interrupted run goes on when
 the same command is given again. The output does not depend on ``--workers``.
 
-    python tools/prepare_corpus.py trace --document ID --in corpus/
+    python tools/prepare_corpus.py trace --document ID --in corpus/ indexes/ runs/
+    python tools/prepare_corpus.py trace --checkpoint runs/cpt/checkpoints/step_0000100
 
-says what became of a document.
+say what became of a document, down to the checkpoints that consumed it, and what a checkpoint
+consumed.
 """
 
 import argparse
@@ -33,9 +35,11 @@ from megatron_cgn.config.load import load_corpus_config
 from megatron_cgn.corpus.pipeline import prepare_corpus
 from megatron_cgn.corpus.sources import Source
 from megatron_cgn.corpus.trace import trace_document
+from megatron_cgn.data.trace import trace_checkpoint
 from megatron_cgn.errors import ConfigError, UserError
 
 _OVERRIDE = re.compile(r"[a-z_]+\.[\w.]+=")
+_DEFAULT_SOURCE = "domain"
 _NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 
 
@@ -79,16 +83,41 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _trace(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="prepare_corpus.py trace",
-        description="Say what became of a document.",
-        epilog="example: prepare_corpus.py trace --document 'domain/manual.pdf' --in corpus/",
+        description="Follow a document from the corpus to checkpoints, or a checkpoint back.",
+        epilog="examples: prepare_corpus.py trace --document 'domain/manual.pdf' --in corpus/ "
+        "indexes/ runs/; prepare_corpus.py trace --checkpoint runs/cpt/checkpoints/step_0000100 "
+        "--output consumed.jsonl",
     )
-    parser.add_argument("--document", required=True, metavar="ID", help="id of a document")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--document", metavar="ID", help="say what became of a document")
+    what.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="say what a checkpoint has consumed (a run's directory: what it plans to)",
+    )
     parser.add_argument(
-        "--in", nargs="+", required=True, metavar="DIR", dest="corpora", help="corpora to look in"
+        "--in",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        dest="places",
+        help="corpora, and directories with indexes and runs; with --checkpoint only indexes that "
+        "have been moved since",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="F", help="with --checkpoint: list its documents there"
     )
     arguments = parser.parse_args(words)
-    for line in trace_document(arguments.document, corpora=arguments.corpora):
-        print(line)
+    if arguments.document is None:
+        lines = trace_checkpoint(
+            arguments.checkpoint, output=arguments.output, directories=arguments.places
+        )
+    elif not arguments.places or arguments.output:
+        parser.error("--document needs --in and takes no --output")
+    else:
+        lines = trace_document(arguments.document, arguments.places)
+    print("\n".join(lines))
     return 0
 
 
@@ -104,7 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         help="files and folders, each with the name of its source or that of --source",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--source", metavar="NAME", help="source of inputs without a name")
+    parser.add_argument(
+        "--source",
+        metavar="NAME",
+        help="source of inputs without a name (default: domain, or what a document says itself)",
+    )
     parser.add_argument(
         "--license", nargs="+", default=[], metavar="[NAME=]L", help="where a document has none"
     )
@@ -177,18 +210,20 @@ def _settings(arguments: argparse.Namespace, overrides: list[str]) -> CorpusConf
 def _sources(inputs: list[str], arguments: argparse.Namespace) -> list[Source]:
     """Group inputs by the names of their sources, in the order in which those first appear."""
     paths: dict[str, list[str]] = {}
-    unnamed = arguments.source or "domain"
+    unnamed = arguments.source or _DEFAULT_SOURCE
+    named = {arguments.source}
     for word in inputs:
         match = None if Path(word).exists() else _NAMED.fullmatch(word)
         name, path = (match[1], match[2]) if match else (unnamed, word)
         paths.setdefault(name, []).append(path)
+        named |= {name} if match else set()
     licenses = _by_source(arguments.license, list(paths), "--license")
     classes = _by_source(arguments.classification, list(paths), "--classification")
     return [
         Source(
             name=name,
             paths=tuple(found),
-            named=name != unnamed or arguments.source is not None,
+            named=name in named,
             license=licenses.get(name),
             classification=classes.get(name),
         )

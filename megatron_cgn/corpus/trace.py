@@ -1,6 +1,6 @@
-"""What became of a document: where it is in a corpus, or why it is not.
+"""What became of a document: where it is in a corpus, or why it is not, and what it went into.
 
-Indexes, blends and checkpoints made from a corpus are not looked into here.
+Indexes, runs and checkpoints are looked into by ``data/trace.py``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_cgn.corpus.plan import plain
 from megatron_cgn.corpus.work import read_json, read_rows
+from megatron_cgn.data import trace as data_trace
 from megatron_cgn.errors import DataError
 
 _STEPS = ("clean", "deduplicate", "redact", "decontaminate")
@@ -42,33 +43,41 @@ def find_documents(document_id: str, *, corpora: Sequence[str | Path]) -> Iterat
     """
     for corpus in map(Path, corpora):
         table = corpus / "documents.parquet"
-        if not (corpus / "manifest.json").exists() or not table.exists():
+        if not _is_corpus(corpus):
             raise DataError(f"{corpus}: holds no corpus. Give an --output of prepare_corpus.py.")
         for row in _rows(table, document_id):
             yield Found(corpus=corpus, row=row, evidence=_evidence(corpus, row))
 
 
-def trace_document(document_id: str, *, corpora: Sequence[str | Path]) -> list[str]:
-    """Say what became of a document.
+def trace_document(document_id: str, directories: Sequence[str | Path]) -> list[str]:
+    """Say what became of a document, from the corpus to the checkpoints.
 
     Args:
         document_id: Its id.
-        corpora: Output directories.
+        directories: Corpora, and what `data.trace.look_around` takes: directories in and below
+            which indexes, runs and checkpoints are, or prefixes of indexes.
 
     Returns:
         Lines to print.
 
     Raises:
-        DataError: If no corpus has it, or a directory holds none.
+        DataError: If nothing has it, or a directory holds nothing of the kind.
     """
-    found = list(find_documents(document_id, corpora=corpora))
-    if not found:
-        where = ", ".join(map(str, corpora))
+    corpora = [path for path in map(Path, directories) if _is_corpus(path)]
+    others = [path for path in map(Path, directories) if path not in corpora]
+    found = find_documents(document_id, corpora=corpora)
+    lines = [line for one in found for line in _describe(one)]
+    used = data_trace.trace_document(document_id, others)
+    if not lines and not used:
         raise DataError(
-            f"{document_id}: no document of this id in {where}. An id is a document's own, or "
-            "<source>/<file>#<line>."
+            f"{document_id}: no document of this id in {', '.join(map(str, directories))}. An id "
+            "is a document's own, or <source>/<file>#<line>."
         )
-    return [line for one in found for line in _describe(one)]
+    return [*(lines or [document_id]), *used]
+
+
+def _is_corpus(path: Path) -> bool:
+    return (path / "manifest.json").exists() and (path / "documents.parquet").exists()
 
 
 def _rows(table: Path, document_id: str) -> Iterator[dict[str, Any]]:

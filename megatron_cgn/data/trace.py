@@ -1,0 +1,308 @@
+"""From a document to the checkpoints that consumed it, and back.
+
+What became of it before it was indexed is the corpus' own to say: ``corpus/trace.py``.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cgn.data.account import ACCOUNT_FILE
+from megatron_cgn.data.blend import Blend
+from megatron_cgn.data.consumed import ConsumedFile, documents_consumed, read_account
+from megatron_cgn.data.indexed import IndexInfo, check_index
+from megatron_cgn.data.lineage import (
+    COLUMNS,
+    LINEAGE_SUFFIX,
+    find_documents,
+    has_lineage,
+    read_lineage,
+)
+from megatron_cgn.errors import DataError
+
+_CHECKPOINT_FILE = "checkpoint.json"
+_GROUPED_BY = ("source", "license", "classification")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Indexes, runs and checkpoints below some directories."""
+
+    indexes: tuple[str, ...]
+    """Prefixes of indexes that know their documents."""
+    runs: tuple[Path, ...]
+    """Directories of runs, which hold their plan."""
+    checkpoints: tuple[Path, ...]
+    """Checkpoints that hold their account."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """What a run or a checkpoint reads of one document."""
+
+    where: Path
+    """The run, as planned, or the checkpoint, as consumed."""
+    source: str
+    """Name of the source in the blend."""
+    prefix: str
+    """The index."""
+    document: int
+    """Number of the document in the index."""
+    trained_on: bool
+    """Whether the document is among those to train on; others are held out."""
+    tokens: int
+    """Tokens of it, every pass counted."""
+    passes: float
+    """The same in passes."""
+
+
+def look_around(directories: Sequence[str | Path]) -> Place:
+    """Find indexes, runs and checkpoints in directories and below.
+
+    Args:
+        directories: Directories, or prefixes of indexes.
+
+    Returns:
+        What there is, in order of path.
+
+    Raises:
+        DataError: If one is neither a directory nor the prefix of an index.
+    """
+    indexes: dict[str, None] = {}
+    accounts: dict[Path, None] = {}
+    for directory in map(Path, directories):
+        if has_lineage(directory):
+            indexes[str(directory)] = None
+        elif not directory.is_dir():
+            raise DataError(
+                f"{directory}: neither a directory nor the prefix of an index that knows its "
+                f"documents ({directory}{LINEAGE_SUFFIX}). Check the path."
+            )
+        for folder, below, names in os.walk(directory):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for name in sorted(names):
+                if name.endswith(LINEAGE_SUFFIX) and name != LINEAGE_SUFFIX:
+                    indexes[os.path.join(folder, name.removesuffix(LINEAGE_SUFFIX))] = None
+                elif name == ACCOUNT_FILE:
+                    accounts[Path(folder)] = None
+    saved = [path for path in accounts if (path / _CHECKPOINT_FILE).exists()]
+    return Place(
+        indexes=tuple(indexes),
+        runs=tuple(path for path in accounts if path not in saved),
+        checkpoints=tuple(saved),
+    )
+
+
+def find_in_indexes(document_id: str, place: Place) -> Iterator[tuple[IndexInfo, int]]:
+    """Find a document in indexes.
+
+    Args:
+        document_id: Its id.
+        place: From `look_around`.
+
+    Yields:
+        An index and the document's number in it, for every document of that id.
+    """
+    for prefix in place.indexes:
+        numbers = find_documents(prefix, [document_id])[document_id]
+        if numbers:
+            index = check_index(prefix)
+            yield from ((index, number) for number in numbers)
+
+
+def find_uses(found: Sequence[tuple[IndexInfo, int]], place: Place) -> Iterator[Use]:
+    """Find what reads documents: runs as planned, then checkpoints as consumed.
+
+    Args:
+        found: Documents, from `find_in_indexes`.
+        place: From `look_around`.
+
+    Yields:
+        One result for every run or checkpoint whose blend holds a document's index.
+    """
+    for where in (*place.runs, *place.checkpoints):
+        blend, consumed = read_account(where)
+        for index, number in found:
+            yield from _uses(where, blend, consumed, index, number)
+
+
+def _uses(where: Path, blend: Blend, consumed: int, index: IndexInfo, number: int) -> Iterator[Use]:
+    files = [
+        (source, file)
+        for source in blend.sources
+        for file in source.files
+        if file.digest == index.sidecar.digest
+    ]
+    if not files:
+        return
+    read = list(
+        documents_consumed(
+            blend,
+            consumed=consumed,
+            prefixes={file.path: index.prefix for _, file in files},
+            digest=index.sidecar.digest,
+        )
+    )
+    for source, file in files:
+        tokens = sum(
+            part.tokens_of(number)
+            for part in read
+            if part.source == source.name and part.file == file
+        )
+        yield Use(
+            where=where,
+            source=source.name,
+            prefix=index.prefix,
+            document=number,
+            trained_on=file.start <= number < file.stop,
+            tokens=tokens,
+            passes=tokens / max(1, int(index.lengths[number])),
+        )
+
+
+def trace_document(document_id: str, directories: Sequence[str | Path]) -> list[str]:
+    """Say which indexes hold a document, and which runs and checkpoints read it.
+
+    Args:
+        document_id: Its id.
+        directories: Where to look: see `look_around`.
+
+    Returns:
+        Lines to print; none if no index holds it.
+    """
+    place = look_around(directories)
+    found = list(find_in_indexes(document_id, place))
+    lines = [
+        f"  index           {index.prefix}: document {number:,} of {index.documents:,}, "
+        f"{int(index.lengths[number]):,} tokens"
+        for index, number in found
+    ]
+    for use in find_uses(found, place):
+        kind = "run (plan)" if use.where in place.runs else "checkpoint"
+        what = f"{use.tokens:,} tokens, {use.passes:.2f} passes" if use.tokens else "not read"
+        if not use.trained_on:
+            what = "held out"
+        lines.append(f"  {kind:<16}{use.where}: source {use.source}: {what}")
+    return lines
+
+
+def consumed_documents(
+    checkpoint: Path, *, directories: Sequence[str | Path] = ()
+) -> Iterator[dict[str, Any]]:
+    """List the documents that a checkpoint has consumed.
+
+    Args:
+        checkpoint: A checkpoint, or a run's directory for what it plans to read.
+        directories: Where indexes lie now that lay elsewhere in training: see `look_around`.
+
+    Yields:
+        A row a document: what `lineage.COLUMNS` say of it (None if the index does not know its
+        documents), ``blend_source``, ``index``, ``document``, ``tokens`` and ``passes``.
+
+    Raises:
+        DataError: If the account or an index is missing or not the one that was read.
+    """
+    blend, consumed = read_account(checkpoint)
+    prefixes = _moved(blend, look_around(directories))
+    for part in documents_consumed(blend, consumed=consumed, prefixes=prefixes):
+        yield from _rows(part, prefixes.get(part.file.path, part.file.path))
+
+
+def _moved(blend: Blend, place: Place) -> dict[str, str]:
+    """Where the indexes of a blend lie now, by their digests."""
+    now = {check_index(prefix).sidecar.digest: prefix for prefix in place.indexes}
+    files = [file for source in blend.sources for file in source.files]
+    return {file.path: now[file.digest] for file in files if file.digest in now}
+
+
+def _rows(part: ConsumedFile, prefix: str) -> Iterator[dict[str, Any]]:
+    facts = _facts(prefix, part)
+    for number, tokens, passes in zip(
+        part.documents.tolist(), part.tokens.tolist(), part.passes.tolist(), strict=True
+    ):
+        yield {
+            **next(facts),
+            "blend_source": part.source,
+            "index": prefix,
+            "document": number,
+            "tokens": tokens,
+            "passes": round(passes, 6),
+        }
+
+
+def _facts(prefix: str, part: ConsumedFile) -> Iterator[Mapping[str, str | None]]:
+    """What the index knows of each consumed document, in order."""
+    if not has_lineage(prefix):
+        nothing: dict[str, str | None] = dict.fromkeys(COLUMNS)
+        yield from (nothing for _ in part.documents)
+        return
+    first = 0
+    for batch in read_lineage(prefix):
+        inside = (part.documents >= first) & (part.documents < first + batch.num_rows)
+        yield from batch.take(part.documents[inside] - first).to_pylist()
+        first += batch.num_rows
+
+
+def trace_checkpoint(
+    checkpoint: Path, *, output: Path | None, directories: Sequence[str | Path] = ()
+) -> list[str]:
+    """Say what a checkpoint has consumed, and list the documents in a file.
+
+    Args:
+        checkpoint: As for `consumed_documents`.
+        output: JSON Lines to write, one document a line; None lists nothing.
+        directories: As for `consumed_documents`.
+
+    Returns:
+        Lines to print: documents and tokens by source, licence and classification.
+
+    Raises:
+        DataError: If something cannot be read, or ``output`` exists or cannot be written.
+    """
+    documents: Counter[tuple[str, ...]] = Counter()
+    tokens: Counter[tuple[str, ...]] = Counter()
+    if output is not None and output.exists():
+        raise DataError(f"{output}: exists already. Choose another --output.")
+    partial = output.with_name(output.name + ".partial") if output else Path(os.devnull)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            for row in consumed_documents(checkpoint, directories=directories):
+                group = (row["blend_source"], *(row[name] or "-" for name in _GROUPED_BY))
+                documents[group] += 1
+                tokens[group] += row["tokens"]
+                if output is not None:
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            if output is not None:
+                os.fsync(stream.fileno())
+                partial.replace(output)
+    except OSError as error:
+        raise DataError(f"{output}: cannot be written ({error.strerror or error}).") from error
+    finally:
+        if output is not None:
+            partial.unlink(missing_ok=True)
+    return _table(checkpoint, documents, tokens)
+
+
+def _table(
+    checkpoint: Path, documents: Counter[tuple[str, ...]], tokens: Counter[tuple[str, ...]]
+) -> list[str]:
+    head = ("blend source", *_GROUPED_BY, "documents", "tokens")
+    rows = [(*group, f"{documents[group]:,}", f"{tokens[group]:,}") for group in sorted(documents)]
+    rows.append(("all", "", "", "", f"{documents.total():,}", f"{tokens.total():,}"))
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        f"{checkpoint}",
+        *(
+            "  "
+            + "  ".join(
+                text.rjust(width) if place >= 4 else text.ljust(width)
+                for place, (text, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in (head, *rows)
+        ),
+    ]

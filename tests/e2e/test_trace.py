@@ -1,0 +1,154 @@
+"""From raw documents to a checkpoint, and from a document to what consumed it and back."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_files import TinyFiles
+from train_runs import Zygote
+
+from megatron_cgn.data.trace import consumed_documents, trace_document
+from megatron_cgn.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {"domain": "domain_zh.jsonl", "general": "general.jsonl"}
+SEQ_LENGTH, BATCH = 64, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What the commands of the README leave, one after another."""
+
+    corpus: Path
+    indexes: Path
+    run: Path
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.run / "checkpoints").glob("step_*"))
+
+
+def _command(tool: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, f"tools/{tool}.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def chain(tiny: TinyFiles, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    root = tmp_path_factory.mktemp("chain")
+    inputs = [f"{name}=samples/{file}" for name, file in SOURCES.items()]
+    _command("prepare_corpus", "--input", *inputs, "--output", root / "corpus", "--workers", 1)
+    for name in SOURCES:
+        shards = sorted((root / "corpus" / "train").glob(f"{name}-*.jsonl.zst"))
+        prefix = root / "indexes" / name
+        common = ("--tokenizer", tiny.model, "--output-prefix", prefix, "--workers", 1)
+        _command("preprocess_data", "--input", *shards, *common)
+    listed = ",".join(f"{{name: {name}, path: {root}/indexes/{name}}}" for name in SOURCES)
+    ended = zygote.run(
+        [
+            "+stage=cpt",
+            f"model.hf_path={tiny.model}",
+            "precision=fp32",
+            f"data.sources=[{listed}]",
+            "data.phases=[{mix: {domain: 0.8, general: 0.2}, until: 4}, {mix: {general: 1}}]",
+            f"data.seq_length={SEQ_LENGTH}",
+            "train.train_iters=6",
+            "train.micro_batch_size=4",
+            f"train.global_batch_size={BATCH}",
+            "optim.warmup_steps=0",
+            "checkpoint.interval_steps=2",
+            f"output_dir={root / 'run'}",
+        ],
+        stderr=root / "stderr",
+    )
+    assert ended.codes == [0], ended.stderr
+    return Chain(root / "corpus", root / "indexes", root / "run")
+
+
+def test_every_consumed_document_is_listed_with_its_lineage(chain: Chain) -> None:
+    for number, checkpoint in enumerate(chain.checkpoints, 1):
+        rows = list(consumed_documents(checkpoint))
+
+        assert sum(row["tokens"] for row in rows) == 2 * number * BATCH * SEQ_LENGTH
+        given = {
+            row["id"]: row
+            for file in SOURCES.values()
+            for row in map(json.loads, (ROOT / "samples" / file).open(encoding="utf-8"))
+        }
+        for row in rows:
+            assert row["license"] == given[row["id"]]["license"]
+            assert row["hash"] and row["blend_source"] in SOURCES
+
+
+def test_a_document_leads_to_its_shard_index_and_checkpoints(chain: Chain) -> None:
+    first, last = chain.checkpoints[0], chain.checkpoints[-1]
+    early = {row["id"]: row for row in consumed_documents(first)}
+    late = {row["id"]: row for row in consumed_documents(last)}
+    new = next(name for name in late if name not in early)
+
+    printed = _command(
+        "prepare_corpus", "trace", "--document", new, "--in", chain.corpus, chain.indexes, chain.run
+    )
+
+    lines = printed.splitlines()
+    assert any("train/" in line for line in lines)
+    (index,) = [line for line in lines if line.split()[0] == "index"]
+    assert late[new]["index"] in index and f"document {late[new]['document']:,} of" in index
+    found = {path.name: line for path in chain.checkpoints for line in lines if str(path) in line}
+    assert found[first.name].endswith("not read")
+    assert f"{late[new]['tokens']:,} tokens" in found[last.name]
+    (plan,) = [line for line in lines if "run (plan)" in line]
+    assert f"{late[new]['tokens']:,} tokens" in plan  # the last checkpoint is the whole plan
+
+
+def test_the_phase_without_a_source_consumes_none_of_it(chain: Chain) -> None:
+    def tokens(checkpoint: Path) -> int:
+        rows = consumed_documents(checkpoint)
+        return sum(row["tokens"] for row in rows if row["blend_source"] == "domain")
+
+    second, last = chain.checkpoints[1:]
+    assert second.name.endswith("4") and tokens(second) == tokens(last) > 0
+
+
+def test_a_checkpoint_leads_to_its_documents(chain: Chain, tmp_path: Path) -> None:
+    output = tmp_path / "consumed.jsonl"
+    checkpoint = chain.checkpoints[-1]
+
+    printed = _command("prepare_corpus", "trace", "--checkpoint", checkpoint, "--output", output)
+
+    rows = [json.loads(line) for line in output.open(encoding="utf-8")]
+    assert rows == list(consumed_documents(checkpoint))
+    total = printed.splitlines()[-1].split()
+    assert total[-2:] == [f"{len(rows):,}", f"{6 * BATCH * SEQ_LENGTH:,}"]
+
+
+def test_indexes_that_were_moved_are_found_by_their_content(chain: Chain, tmp_path: Path) -> None:
+    checkpoint = chain.checkpoints[-1]
+    before = list(consumed_documents(checkpoint))
+    moved = tmp_path / "elsewhere"
+    chain.indexes.rename(moved)
+    try:
+        with pytest.raises(DataError, match="no such file"):
+            list(consumed_documents(checkpoint))
+        after = list(consumed_documents(checkpoint, directories=[moved]))
+    finally:
+        moved.rename(chain.indexes)
+
+    assert [{**row, "index": ""} for row in before] == [{**row, "index": ""} for row in after]
+
+
+def test_what_is_not_there_is_said(chain: Chain, tmp_path: Path) -> None:
+    assert trace_document("no-such-document", [chain.indexes, chain.run]) == []
+    with pytest.raises(DataError, match="neither a directory nor the prefix"):
+        trace_document("x", [tmp_path / "missing"])
+    with pytest.raises(DataError, match="blend.json"):
+        list(consumed_documents(tmp_path))
