@@ -60,12 +60,12 @@ class CleanConfig:
     """Most punctuation and symbols among the characters; a row of one symbol counts once."""
     max_garbled_fraction: float = 0.01
     """Most characters of mojibake and U+FFFD among the characters."""
-    min_common_han_fraction: float = 0.8
+    min_common_han_fraction: float = 0.85
     """Fewest ideographs of everyday use among the ideographs, from 50 ideographs on."""
     min_common_bigram_fraction: float = 0.45
     """Fewest pairs of letters common in English among the pairs of Latin letters, from 200 on."""
     max_mean_word_length: float = 20.0
-    """Most letters in the mean word of Latin letters, from 200 pairs of letters on."""
+    """Most letters in the mean word of Latin letters, from 200 letters on."""
     max_ellipsis_line_fraction: float = 0.4
     """Most lines that end in an ellipsis, from 5 lines on."""
     max_duplicate_line_fraction: float = 0.6

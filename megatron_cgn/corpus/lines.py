@@ -11,11 +11,13 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
+from megatron_cgn.corpus import navigation
+
 LineKind = Literal["page_numbers", "contents", "navigation", "copyright"]
 LINE_KINDS: tuple[LineKind, ...] = get_args(LineKind)
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_PIPES = re.compile(r"\s*\|.*\||\s*\+[-=+]+\+\s*$|.*\|.*\|.*\|")
+_TABLE_ROW = re.compile(r"\s*\|.*\||\s*\+[-=+]+\+\s*$|.*\|.*\|.*\|")
 _LONGEST = 200  # characters of a line that may be furniture
 
 _NUMBER = "(?:[0-9]{1,5}|[ivxlc]{1,7}|[一二三四五六七八九十百零〇]{1,6})"
@@ -36,57 +38,12 @@ _FORM_FEED = "\f"
 _WINDOW_LINES = 3  # non-blank lines before and after a page break that may be header or footer
 _FEWEST = 3  # occurrences that make a line a running one, and entries that make a table of contents
 
-_ENTRY = re.compile(
-    r"(?P<title>.{1,150}?)\s*(?:[.．·•…‥]\s?){4,}\s*(?P<page>[0-9]{1,4}|[ivxlc]{1,6})",
-    re.IGNORECASE,
-)
+_ENTRY_PAGE = re.compile(r"(?:(?<![0-9])[0-9]{1,4}|(?<![a-z])[ivxlc]{1,6})$", re.IGNORECASE)
+_LEADERS = ".．·•…‥"
 _CONTENTS_HEADING = re.compile(
     r"#*\s*(?:目\s*[录錄次]|(?:table\s+of\s+)?contents)\s*", re.IGNORECASE
 )
 
-_ALONE = frozenset(
-    "返回顶部 返回首页 回到顶部 回到首页 加入收藏 设为首页 网站地图 网站首页 分享到 分享到： "
-    "打印本页 关闭窗口 阅读全文 相关阅读 相关文章 上一篇 下一篇 上一页 下一页 点击查看更多 "
-    "免责声明".split()
-) | {
-    "skip to content", "skip to main content", "skip to navigation", "back to top", "go to top",
-    "privacy policy", "cookie policy", "cookie settings", "terms of use", "terms of service",
-    "terms and conditions", "accept all cookies", "accept cookies", "all rights reserved",
-    "toggle navigation", "share this page", "print this page", "edit this page", "edit on github",
-    "previous page", "next page", "click here", "read more", "site map", "sitemap",
-}  # fmt: skip
-_AMONG_OTHERS = frozenset(
-    "首页 新闻 新闻中心 产品 产品中心 公司简介 关于我们 联系我们 联系方式 帮助 帮助中心 登录 "
-    "注册 搜索 论坛 下载 招聘 人才招聘 友情链接 更多 english 中文 简体中文 繁體中文 打印 关闭 "
-    "收藏 分享 微信 微博 视频 图片 专题 客户端 手机版 投资者关系 企业文化 社会责任 "
-    "法律声明".split()
-) | {
-    "home", "about", "about us", "contact", "contact us", "news", "products", "services", "help",
-    "login", "log in", "sign in", "sign up", "register", "search", "menu", "faq", "blog", "careers",
-    "support", "download", "downloads", "more", "previous", "prev", "next", "up", "index", "share",
-    "print", "facebook", "twitter", "linkedin", "youtube", "instagram", "subscribe", "rss",
-}  # fmt: skip
-_SEPARATORS = re.compile(r"\s*[|｜·•>»›«<]+\s*|\s{2,}")
-_NAVIGATION = re.compile(
-    r"(?:we|this (?:web ?)?site) uses? cookies|(?:enable|turn on) javascript"
-    r"|javascript (?:is|must be|has been) (?:disabled|enabled|required)"
-    r"|subscribe to (?:our|the) newsletter|本(?:网)?站使用.{0,10}cookie"
-    r"|请(?:启用|开启|打开).{0,6}javascript|ICP\s*[备證证]\s*\d|公网安备\s*\d"
-    r"|扫(?:一扫|描).{0,10}(?:二维码|关注)|^(?:当前|您(?:现在|当前)?(?:所在)?的?)位置\s*[:：]"
-    r"|^(?:上|下)一(?:篇|页|章)\s*[:：]|^责任编辑\s*[:：].{0,12}$",
-    re.IGNORECASE,
-)
-_NAVIGATION_HINTS = (
-    "cookie",
-    "javascript",
-    "newsletter",
-    "icp",
-    "安备",
-    "扫",
-    "位置",
-    "一",
-    "编辑",
-)
 _COPYRIGHT = re.compile(
     r"(?:copyright\b|©|版权所有)(?=.*(?:(?:19|20)\d\d|reserved|保留|所有)).{0,150}"
     r"|.{0,100}(?:all rights reserved|保留所有权利|保留一切权利|版权所有)[.。]?",
@@ -106,24 +63,25 @@ def tidy(text: str, *, remove: Collection[LineKind]) -> tuple[str, Counter[str],
     """
     lines = text.replace("\f", "\n\f\n").split("\n")
     lowered = text.lower()
-    kinds = [kind for kind in remove if kind in _hinted(lowered)]
     removed: Counter[str] = Counter()
-    navigation = 0
+    menus = 0
+    hinted = _hinted(lowered)
+    kinds = [kind for kind in remove if kind in hinted]
     while kinds or _FORM_FEED in lines:
-        verbatim = _verbatim(lines)
-        gone = _furniture(lines, verbatim, kinds)
-        for kind in gone.values():
-            removed[kind] += kind != ""
-        navigation += sum(len(lines[i].strip()) for i, kind in gone.items() if kind == "navigation")
-        lines = [line for i, line in enumerate(lines) if i not in gone]
+        gone = _furniture(lines, _kept_as(lines), kinds)
         if not gone:
             break
-    return _blanks(lines), removed, navigation
+        removed.update(kind for kind in gone.values() if kind)
+        menus += sum(len(lines[i].strip()) for i, kind in gone.items() if kind == "navigation")
+        lines = [line for i, line in enumerate(lines) if i not in gone]
+    return _blanks(lines), removed, menus
 
 
 def _hinted(lowered: str) -> set[LineKind]:
     """Name the kinds there may be, by cheap searches: most texts have few."""
-    kinds: set[LineKind] = {"navigation"}
+    kinds: set[LineKind] = set()
+    if navigation.hinted(lowered):
+        kinds.add("navigation")
     if "页" in lowered or "pag" in lowered or "\f" in lowered or "-\n" in lowered + "\n":
         kinds.add("page_numbers")
     if "—\n" in lowered + "\n" or "–\n" in lowered + "\n" or "pg." in lowered:
@@ -135,31 +93,31 @@ def _hinted(lowered: str) -> set[LineKind]:
     return kinds
 
 
-def _verbatim(lines: Sequence[str]) -> list[bool]:
-    """Tell which lines are fenced code or rows of tables."""
-    marks = [False] * len(lines)
+def _kept_as(lines: Sequence[str]) -> list[str]:
+    """Tell which lines are fenced `code` or rows of a `table`; the others are empty."""
+    kinds = [""] * len(lines)
     fence = ""
     for i, line in enumerate(lines):
         if fence:
-            marks[i] = True
+            kinds[i] = "code"
             if line.strip().startswith(fence) and not line.strip().strip(fence[0]):
                 fence = ""
         elif line.lstrip()[:3] in ("```", "~~~") and (match := _FENCE.match(line)):
-            fence, marks[i] = match[1], True
-        elif ("|" in line or "+" in line) and _PIPES.match(line):
-            marks[i] = True
-    return marks
+            fence, kinds[i] = match[1], "code"
+        elif ("|" in line or "+" in line) and _TABLE_ROW.match(line):
+            kinds[i] = "table"
+    return kinds
 
 
 def _furniture(
-    lines: Sequence[str], verbatim: Sequence[bool], kinds: Sequence[LineKind]
+    lines: Sequence[str], kept_as: Sequence[str], kinds: Sequence[LineKind]
 ) -> dict[int, str]:
     """Find the lines to remove: index to kind; form feeds have no kind."""
     gone: dict[int, str] = {i: "" for i, line in enumerate(lines) if line == _FORM_FEED}
     short = {
         i: stripped
         for i, line in enumerate(lines)
-        if not verbatim[i] and (stripped := line.strip()) and len(stripped) <= _LONGEST
+        if not kept_as[i] and (stripped := line.strip()) and len(stripped) <= _LONGEST
     }
     if "page_numbers" in kinds:
         marks = _page_marks(short)
@@ -168,16 +126,13 @@ def _furniture(
         gone |= dict.fromkeys(_running(short, lines, pages), "running_lines")
     if "contents" in kinds:
         gone |= dict.fromkeys(_contents(short, lines), "contents")
-    for i, line in short.items():
-        if "copyright" in kinds and _COPYRIGHT.fullmatch(line):
-            gone.setdefault(i, "copyright")
-        elif "navigation" in kinds and not lines[i].startswith(("    ", "\t")):
-            if _is_navigation(line):
-                gone.setdefault(i, "navigation")
+    if "copyright" in kinds:
+        copyright = (i for i, line in short.items() if _COPYRIGHT.fullmatch(line))
+        gone |= {i: "copyright" for i in copyright if i not in gone}
     if "navigation" in kinds:
-        for i, line in enumerate(lines):
-            if verbatim[i] and "|" in line and len(line) <= _LONGEST and _is_menu(line.strip()):
-                gone.setdefault(i, "navigation")
+        candidates = {i: line for i, line in enumerate(lines) if kept_as[i] != "code"}
+        found = navigation.find(candidates)
+        gone |= {i: "navigation" for i in found if i not in gone}
     return gone
 
 
@@ -199,7 +154,7 @@ def _page_marks(short: dict[int, str]) -> list[int]:
                 within.setdefault(rest, []).append((i, int(match[1] or match[2])))
     for places in within.values():
         numbers = [number for _, number in places]
-        if len(numbers) >= _FEWEST and all(a < b for a, b in pairwise(numbers)):
+        if len(numbers) >= _FEWEST and all(a + 1 == b for a, b in pairwise(numbers)):
             marks += [i for i, _ in places]
     return marks
 
@@ -244,9 +199,8 @@ def _contents(short: dict[int, str], lines: Sequence[str]) -> list[int]:
         run.clear()
 
     for i, line in enumerate(lines):
-        match = _ENTRY.fullmatch(short[i]) if i in short and short[i][-1].isalnum() else None
-        if match:
-            page = int(match["page"]) if match["page"].isdecimal() else last
+        page = _entry_page(short[i], last) if i in short else None
+        if page is not None:
             if page < last:
                 close()
             run.append(i)
@@ -258,25 +212,18 @@ def _contents(short: dict[int, str], lines: Sequence[str]) -> list[int]:
     return gone
 
 
-def _is_navigation(line: str) -> bool:
-    lowered = line.lower()
-    if (
-        lowered in _ALONE
-        or any(h in lowered for h in _NAVIGATION_HINTS)
-        and _NAVIGATION.search(line)
-    ):
-        return True
-    return _is_menu(line)
-
-
-def _is_menu(line: str) -> bool:
-    """Tell whether a line lists links of a web site and nothing else."""
-    items = [
-        item.strip("[]()（）【】 ").lower() for item in _SEPARATORS.split(line) if item.strip()
-    ]
-    if len(items) < 3 and " " in line:
-        items = line.lower().split()
-    return len(items) >= 3 and all(item in _AMONG_OTHERS or item in _ALONE for item in items)
+def _entry_page(line: str, last: int) -> int | None:
+    """Give the page of an entry of a table of contents; of a Roman one, the last Arabic page."""
+    match = _ENTRY_PAGE.search(line, max(0, len(line) - 7))
+    if not match:
+        return None
+    before = line[: match.start()]
+    title = before.rstrip(_LEADERS + " ")
+    leader = sum(before.count(each, len(title)) for each in _LEADERS)
+    # An ellipsis of Chinese is two characters of three dots each.
+    if not title or leader + 2 * before.count("…", len(title)) < 4:
+        return None
+    return int(match[0]) if match[0].isdecimal() else last
 
 
 def _blanks(lines: Sequence[str]) -> str:
@@ -285,8 +232,8 @@ def _blanks(lines: Sequence[str]) -> str:
         text = "\n".join([line.rstrip() for line in lines])
         return re.sub("\n{3,}", "\n\n", text).strip("\n")
     kept: list[str] = []
-    for line, verbatim in zip(lines, _verbatim(lines), strict=True):
-        line = line if verbatim else line.rstrip()
-        if line or verbatim or (kept and kept[-1]):
+    for line, kept_as in zip(lines, _kept_as(lines), strict=True):
+        line = line if kept_as == "code" else line.rstrip()
+        if line or kept_as == "code" or (kept and kept[-1]):
             kept.append(line)
     return "\n".join(kept).strip("\n")

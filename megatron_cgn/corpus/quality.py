@@ -22,9 +22,10 @@ SAMPLE_CHARACTERS = 1 << 20
 """Figures are of the first so many characters: more than a book of 500 pages, in bounded memory."""
 
 _FEW_HAN = 50  # below this shares of characters mean little
-_FEW_BIGRAMS = 200
+_FEW_LATIN = 200
 _FEW_LINES = 5
 _FEW_TOKENS = 50
+_FEW_REPEATS = 5
 _REPEATED_NGRAM = 10
 _TOP_NGRAM = 4
 
@@ -34,9 +35,9 @@ _TOP_NGRAM = 4
 _TRAIL = "\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"
 _MOJIBAKE = re.compile(
     "锟斤拷|(?:锟|斤拷){2,}|(?:烫烫)+|(?:屯屯)+|(?:葺葺)+|\ufffd+|ï»¿|ï¿½|â€[™œ“”˜¦¢–—]?|Ã¢â‚¬"
-    f"|Ã[{_TRAIL}]|Â[\u00a0-\u00bf]|[åäæçèéãïð][{_TRAIL}]{{2}}"
+    f"|(?:[À-ÿ][¡-ÿ]){{3,}}|Ã[{_TRAIL}]|Â[\u00a0-\u00bf]|[åäæçèéãïð][{_TRAIL}]{{2}}"
 )
-_MOJIBAKE_SIGNS = "锟 烫烫 屯屯 葺葺 \ufffd Ã Â â å ä æ ç è é ã ï ð".split()
+_MOJIBAKE_SIGN = re.compile("[锟烫屯葺\ufffdÀ-ÿ]")
 _ELLIPSIS = ("...", "…")
 
 # The pairs of letters that make up most of English: Norvig, English Letter Frequency Counts, 2012.
@@ -214,7 +215,7 @@ def measure(text: str) -> tuple[Figures, npt.NDArray[np.int64]]:
 
 
 def _mojibake(text: str) -> tuple[int, str]:
-    if text.isascii() or not any(sign in text for sign in _MOJIBAKE_SIGNS):
+    if text.isascii() or not _MOJIBAKE_SIGN.search(text):
         return 0, ""
     found = [match[0] for match in _MOJIBAKE.finditer(text)]
     return sum(map(len, found)), found[0][:20] if found else ""
@@ -234,17 +235,16 @@ def _common_han(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) ->
 
 def _latin(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> tuple[float, float]:
     """Give the share of common pairs among the pairs of letters, and the mean length of a word."""
-    lowered = points | np.uint32(0x20)
-    ascii_letter = (lowered >= ord("a")) & (lowered <= ord("z"))
-    pairs = ascii_letter[1:] & ascii_letter[:-1]
-    num_pairs = int(pairs.sum())
-    if num_pairs < _FEW_BIGRAMS:
-        return 1.0, 5.0
-    index = lowered - np.uint32(ord("a"))
-    keys = (index[:-1] * np.uint32(26) + index[1:])[pairs]
     latin = kinds == characters.LATIN
-    words = int(latin.sum() - (latin[1:] & latin[:-1]).sum())
-    return float(_bigram_table()[keys].mean()), int(latin.sum()) / words
+    num_latin = int(latin.sum())
+    if num_latin < _FEW_LATIN:
+        return 1.0, 5.0
+    words = num_latin - int((latin[1:] & latin[:-1]).sum())
+    index = (points | np.uint32(0x20)) - np.uint32(ord("a"))  # beyond 25 if no ASCII letter
+    pairs = (index[1:] < 26) & (index[:-1] < 26)
+    keys = (index[:-1] * np.uint32(26) + index[1:])[pairs]
+    common = float(_bigram_table()[keys].mean()) if len(keys) >= _FEW_LATIN else 1.0
+    return common, num_latin / words
 
 
 def _lines(text: str) -> tuple[float, float]:
@@ -268,7 +268,8 @@ def _repetition(points: npt.NDArray[np.uint32]) -> tuple[float, float]:
     top = int(times.max())
     runs = ngrams.ngrams(tokens, _REPEATED_NGRAM)
     repeated = 1 - len(np.unique(runs)) / len(runs)
-    return (top * _TOP_NGRAM / len(tokens) if top > _FEW_LINES else 0.0), repeated
+    share = min(1.0, top * _TOP_NGRAM / len(tokens)) if top > _FEW_REPEATS else 0.0
+    return share, repeated
 
 
 @cache

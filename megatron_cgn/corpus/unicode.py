@@ -23,24 +23,21 @@ _EAST_ASIAN = re.compile(
 # A clock time or a ratio, as in 12：30.
 _COLON_OF_DIGITS = re.compile("(?<=[0-9])：(?=[0-9])")
 
-# Form feeds stay: the line rules know by them where pages begin.
-_LINE_ENDS = re.compile("\r\n?|[\x0b\u0085\u2028\u2029]")
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _OVERSTRIKE = re.compile("[^\n]\x08")
-# Invisible characters: format and bidirectional controls, joiners, fillers, tags, selectors of
-# ideographic variants, noncharacters. Joiners that a script or an emoji needs are spared below.
-_INVISIBLE = (
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
-    "\u3164\ufdd0-\ufdef\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffc\ufffe\uffff"
-    "\U000e0000-\U000e0fff\U0001fffe\U0001ffff\U0002fffe\U0002ffff"
-)
+# Form feeds stay: the line rules know by them where pages begin.
 _UNCOMMON_ASCII = re.compile("[\x00-\x08\x0b\x0d-\x1f\x7f]")
-_CONTROLS = "\x00-\x08\x0e-\x1f\x7f-\x9f"
-_JOINED_SCRIPTS = "\u0600-\u109f\u1780-\u18af\u2600-\u27bf\ufe0f\U0001f000-\U0001faff"
-_DROPPED = re.compile(
-    f"(?<![{_JOINED_SCRIPTS}])[\u200c\u200d]|[{_CONTROLS}]"
-    f"|[{_INVISIBLE.replace('\u200b-\u200f', '\u200b\u200e\u200f')}]"
+# Invisible characters: format and bidirectional controls, joiners, fillers, tags, selectors of
+# ideographic variants, noncharacters.
+_INVISIBLE = (
+    *((0x00, 0x08), (0x0E, 0x1F), (0x7F, 0x7F), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C)),
+    *((0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x200B, 0x200F), (0x202A, 0x202E)),
+    *((0x2060, 0x206F), (0x3164, 0x3164), (0xFDD0, 0xFDEF), (0xFE00, 0xFE0D), (0xFEFF, 0xFEFF)),
+    *((0xFFA0, 0xFFA0), (0xFFF0, 0xFFFC), (0xFFFE, 0xFFFF), (0xE0000, 0xE0FFF)),
 )
+_JOINERS = "\u200c\u200d"
+# Scripts, and emoji, in which a joiner between two characters changes what is read.
+_JOINED = re.compile("[\u0600-\u109f\u1780-\u18af\u2600-\u27bf\ufe0f\U0001f000-\U0001faff]")
 
 # The Symbol font as Word and PDF writers leave it in the private use area.
 _SYMBOL_FONT = {
@@ -50,6 +47,7 @@ _SYMBOL_FONT = {
     )
 } | {0xF0B0: "°", 0xF0B1: "±", 0xF0B4: "×", 0xF0B8: "÷", 0xF0A3: "≤", 0xF0B3: "≥", 0xF0B7: "•"}
 _PRIVATE = "\ue000-\uf8ff\U000f0000-\U0010ffff"
+_ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 _PRIVATE_USE = re.compile(f"[{_PRIVATE}]")
 _PRIVATE_BULLET = re.compile(f"(?m)^([ \t]*)[{_PRIVATE}](?=[ \t])")
 
@@ -75,39 +73,32 @@ def normalise(text: str) -> tuple[str, int]:
     """
     if text.isascii() and not _UNCOMMON_ASCII.search(text):
         return text, 0
-    text, changed = _strip_controls(text)
-    text, mapped = _mapped().subn(lambda match: _mapping()[match[0]], text)
+    text, changed = _strip_terminal(text)
+    if _PRIVATE_USE.search(text):
+        text, bullets = _PRIVATE_BULLET.subn(r"\1•", text)
+        changed += bullets
+    text, replaced = _replaced().subn(_replacement, text)
+    if _ASTRAL.search(text):
+        text, astral = _ASTRAL.subn(_replacement, text)
+        replaced += astral
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
-        mapped += 1
-    return _punctuation(text), changed + mapped
+        changed += 1
+    return _punctuation(text), changed + replaced
 
 
-def _strip_controls(text: str) -> tuple[str, int]:
+def _strip_terminal(text: str) -> tuple[str, int]:
+    """Take out what was meant for a terminal or printer, and unify the ends of lines."""
     changed = 0
     if "\x1b" in text:
         text, changed = _ESCAPES.subn("", text)
     if "\x08" in text:
         text, struck = _OVERSTRIKE.subn("", text)
         changed += struck
-    text, ends = _LINE_ENDS.subn("\n", text)
-    text, dropped = _DROPPED.subn(_c1_or_nothing, text)
-    changed += ends + dropped
-    if _PRIVATE_USE.search(text):
-        text, bullets = _PRIVATE_BULLET.subn(r"\1•", text)
-        text, private = _PRIVATE_USE.subn(
-            lambda match: _SYMBOL_FONT.get(ord(match[0]), "\ufffd"), text
-        )
-        changed += bullets + private
+    if "\r" in text:
+        changed += text.count("\r")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text, changed
-
-
-def _c1_or_nothing(match: re.Match[str]) -> str:
-    """Read C1 controls as Windows-1252, as the WHATWG Encoding Standard does; drop the rest."""
-    character = match[0]
-    if "\x80" <= character <= "\x9f":
-        return character.encode("latin-1").decode("cp1252", "ignore")
-    return ""
 
 
 def _punctuation(text: str) -> str:
@@ -120,15 +111,33 @@ def _punctuation(text: str) -> str:
 
 
 @cache
-def _mapped() -> re.Pattern[str]:
-    return re.compile(f"[{re.escape(''.join(_mapping()))}]")
+def _replaced() -> re.Pattern[str]:
+    # Of the basic plane only: beyond it `re` looks through a set one by one, 20 times slower.
+    basic = (character for character in _mapping() if character <= "\uffff")
+    return re.compile(f"[{re.escape(''.join(basic))}\ue000-\uf8ff]")
+
+
+def _replacement(match: re.Match[str]) -> str:
+    character = match[0]
+    replacement = _mapping().get(character)
+    if replacement is None:
+        if not _PRIVATE_USE.match(character):
+            return character
+        # Lost is better than silently gone: 5 µm must not become 5 m.
+        return _SYMBOL_FONT.get(ord(character), "\ufffd")
+    if character in _JOINERS and match.start() and _JOINED.match(match.string, match.start() - 1):
+        return character
+    return replacement
 
 
 @cache
 def _mapping() -> dict[str, str]:
-    """Give what each character is replaced by: those whose meaning the replacement keeps."""
-    table = dict(_compatibility())
-    table |= _RADICALS
+    """Give what each character is replaced by."""
+    table = {chr(point): "" for first, last in _INVISIBLE for point in range(first, last + 1)}
+    # C1 controls are Windows-1252 that was read as Latin-1 (as in the WHATWG Encoding Standard).
+    table |= {chr(byte): bytes((byte,)).decode("cp1252", "ignore") for byte in range(0x80, 0xA0)}
+    table |= dict.fromkeys("\x0b\x85\u2028\u2029", "\n")
+    table |= dict(_compatibility()) | _RADICALS
     table |= dict.fromkeys("\u00a0\u1680\u2000\u2001\u202f\u205f\u3000", " ")
     table |= {chr(point): " " for point in range(0x2002, 0x200B)}
     table |= {"\u2010": "-", "\u2011": "-", "\u00b5": "μ"}
