@@ -150,8 +150,10 @@ class _Maker:
         *,
         fields: dict[str, Any] | None = None,
     ) -> Raw:
-        place = f"{self._file.path}, line {number}" if self._file.kind == "lines" else None
-        place = place or (f"{self._file.path}, row {number}" if number else self._file.path)
+        # The name and not the path: the same input gives the same output wherever it lies.
+        place = self._file.name
+        if number is not None:
+            place += f", {'line' if self._file.kind == 'lines' else 'row'} {number}"
         return self._make(
             number,
             fields or {},

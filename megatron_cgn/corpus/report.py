@@ -131,8 +131,8 @@ class _Page:
                 ]
             )
         heads = (
-            *("source", "files", "MB", "documents", "left out", "training", "held out"),
-            *("characters", "renamed"),
+            *("source", "#files", "#MB", "#documents", "#left out", "#training", "#held out"),
+            *("#characters", "#renamed"),
         )
         skipped = "".join(
             f"<p>{escape(source['name'])}: files not read: "
@@ -157,7 +157,7 @@ class _Page:
         ordered = sorted(reasons, key=lambda reason: (-reasons[reason], reason))
         read = sum(self._counts["documents"].values())
         table = _table(
-            ("reason", "documents", "share"),
+            ("reason", "#documents", "#share"),
             [[reason, reasons[reason], _share(reasons[reason], read)] for reason in ordered],
         )
         examples = "".join(self._examples(reason, reasons[reason]) for reason in ordered)
@@ -185,7 +185,7 @@ class _Page:
     def _changes(self) -> str:
         changes = self._counts["changes"]
         rows = [[kind, changes[kind]["times"], changes[kind]["documents"]] for kind in changes]
-        table = _table(("kind", "times", "documents"), rows) if rows else "<p>Nothing.</p>"
+        table = _table(("kind", "#times", "#documents"), rows) if rows else "<p>Nothing.</p>"
         examples = "".join(
             self._examples(kind, changes[kind]["documents"])
             for kind in changes
@@ -229,7 +229,7 @@ class _Page:
             f"<p>{crowded:,} documents have so many near-duplicates that they were not compared "
             "with every one of them: some may be left.</p>"
         )
-        table = _table(("kept", "duplicates", "some of them"), rows)
+        table = _table(("kept", "#duplicates", "some of them"), rows)
         return "<h2>Most duplicated</h2>" + table + (note if crowded else "")
 
     def _details(self) -> str:
@@ -242,16 +242,23 @@ class _Page:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    head = "".join(f"<th{' class="n"' if i else ''}>{name}</th>" for i, name in enumerate(heads))
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, int):
-        return f'<td class="n">{value:,}</td>'
-    number = str(value)[:1].isdigit() and len(str(value)) < 24
-    return f"<td{' class="n"' if number else ''}>{escape(str(value))}</td>"
+    """A table; a head that starts with ``#`` is that of figures."""
+    figures = [head.startswith("#") for head in heads]
+    kinds = [' class="n"' if figure else "" for figure in figures]
+    lines = [
+        "".join(
+            f"<th{kind}>{head.removeprefix('#')}</th>"
+            for kind, head in zip(kinds, heads, strict=True)
+        )
+    ]
+    for row in rows:
+        cells = (f"{value:,}" if isinstance(value, int) else str(value) for value in row)
+        lines.append(
+            "".join(
+                f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True)
+            )
+        )
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def _sum(counts: dict[str, dict[str, int]], name: str) -> int:

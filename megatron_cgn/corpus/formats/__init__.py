@@ -35,7 +35,7 @@ def read_file(path: str) -> str:
             return read_docx(path)
         content = Path(path).read_bytes()
     except OSError as error:
-        raise Unreadable("damaged", f"{path}: cannot be read ({error.strerror})") from error
+        raise Unreadable("damaged", f"cannot be read ({error.strerror})") from error
     if suffix in (".html", ".htm", ".xhtml"):
         from megatron_cgn.corpus.formats.html import read_html
 
