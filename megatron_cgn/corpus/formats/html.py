@@ -82,9 +82,9 @@ def _tidy(tree: "HtmlElement") -> None:
 
 
 def unescape(markdown: str) -> str:
-    """Undo the escapes that keep Markdown's signs from being read as such.
+    r"""Undo the escapes that keep Markdown's signs from being read as such.
 
-    A model would learn to write ``nr\\_virtfn``. Code has no escapes and stays as it is.
+    A model would learn to write ``nr\_virtfn``. Code has no escapes and stays as it is.
 
     Args:
         markdown: Text with escapes.
