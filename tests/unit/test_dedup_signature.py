@@ -14,7 +14,7 @@ from megatron_cgn.corpus.dedup.signature import EMPTY
 SENTENCE = "主泵1RCP001PO于2026-05-01检修，轴承温度45.5℃，振动2.1mm/s，结论合格，恢复备用。"
 
 # Simplified already, so that folding the script changes nothing.
-HAN = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也得就那要下以生会自去之过家学对可她小么心多天而"
+HAN = "的一是不了人我在有他这中大来上国个到说们为子和你地出道也得就那要下以生会自去之过家学对可她小"
 GOLDEN_HASHES = [
     [13118579773766698340, 7409926098011805970, 8943742539231439512, 462087685748475454]
 ]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_cgn.corpus.dedup.tokens import canonical_bytes, token_hashes, tokenize
 
-TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=80)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 
 
 def cut(text: str) -> list[str]:
