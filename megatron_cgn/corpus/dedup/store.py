@@ -115,7 +115,7 @@ def _map(path: Path, kind: str, shape: tuple[int, int]) -> npt.NDArray[Any]:
         return np.zeros(shape, dtype=kind)
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}); make the signatures again.") from None
     if array.dtype != np.dtype(kind) or array.shape != shape:
         raise DataError(
