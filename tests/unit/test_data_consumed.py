@@ -32,7 +32,7 @@ FILES = {"a": 1, "b": 10_000, "c": 20_000}
 
 
 def lengths_of(name: str) -> list[int]:
-    return np.random.default_rng(ord(name)).integers(0, 30, 25).tolist()
+    return [int(n) for n in np.random.default_rng(ord(name)).integers(0, 30, 25)]
 
 
 @pytest.fixture

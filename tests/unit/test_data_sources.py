@@ -45,10 +45,10 @@ def test_every_file_of_a_source_gives_up_its_end(ten: str, three: str) -> None:
     (source,) = check_sources(config(SourceConfig(name="a", files=files), fraction=0.2))
     assert [len(documents) for documents in source.training] == [8, 2]
     assert [documents.tokens for documents in source.validation] == [19, 5]
-    assert source.weights == (36, 10)  # the tokens to train on
+    assert source.weights == (Fraction(36), Fraction(10))  # the tokens to train on
     files = (FileConfig(path=ten, weight=0.1), FileConfig(path=three, weight=2))
     (source,) = check_sources(config(SourceConfig(name="a", files=files)))
-    assert source.weights == (Fraction(1, 10), 2)
+    assert source.weights == (Fraction(1, 10), Fraction(2))
     one = (FileConfig(path=three), FileConfig(path=ten))
     with pytest.raises(DataError, match=r"three: nothing is left to train on"):
         check_sources(config(SourceConfig(name="a", files=one), fraction=0.9))
