@@ -27,7 +27,7 @@ KINDS = {
 """Kind of each slot that has to be found."""
 
 LOOK_ALIKES = (
-    "tag date setpoint figures order part book version digest place code wrong not_name "
+    "tag date setpoint figures order part book version digest place code wrong not_name job "
     "not_english_name"
 ).split()
 """Slots that must stay."""
@@ -85,6 +85,9 @@ DEVELOPMENT = (
     "Section {version} of {book}: {figures}",
     "Author: {not_english_name}. Contact: {not_english_name}. See {version}.",
     "负责人：{not_name}；联系人：{not_name}",
+    "{job}应在{date}前提交报告，{job}和{job}审核，由{job}批准。",
+    "值班{job}：{name}。{name}指出，{system}的{job}要负责{tag}。",
+    "由{name}负责{tag}，{name}主任于{date}签字；请{name}处长审阅，联系{name}老师。",
     "| 编制 | {name} | 审核 | {name} | 日期 | {date} |",
 )
 

@@ -13,6 +13,7 @@ from megatron_cgn.corpus.redact.view import Span, View
 
 # One separator between two digits: a space, a hyphen, or the end of a line.
 _S = r"(?:[ -]|[ ]?\r?\n[ ]{0,4})?"
+_SEPARATORS = re.compile(r"[^0-9A-Za-z]+")
 _LABELLED_ID = re.compile(r"身份证|身份号|证件|公民身份|居民身份|(?<![a-z])id(?![a-z])", re.I)
 
 # Patterns begin with a set of characters and look behind it: `re` then skips quickly to the next
@@ -78,7 +79,7 @@ _NO_PLATE = re.compile(r"[更最全创重刷革翻崭]\Z")
 
 def compact(text: str) -> str:
     """Remove whatever separates the characters of a number, and the difference of case."""
-    return re.sub(r"[^0-9A-Za-z]", "", text).upper()
+    return _SEPARATORS.sub("", text).upper()
 
 
 def identity_cards(view: View) -> Iterator[Span]:
@@ -113,12 +114,11 @@ def credit_codes(view: View) -> Iterator[Span]:
 
     def accept(match: re.Match[str]) -> Span | None:
         code = compact(match[0])
-        labelled = view.label(match.start(), _LABELLED_CODE)
-        if len(match[0]) > len(code) and not labelled:
-            return None
         if code[:2] not in _AUTHORITIES or uscc.calc_check_digit(code) != code[-1]:
             return None
-        if code.isdigit() and _date(code[6:14]) and not labelled:
+        # A code in groups, or of digits that may be an identity number's, needs a label.
+        doubtful = len(match[0]) > len(code) or code.isdigit() and _date(code[6:14])
+        if doubtful and not view.label(match.start(), _LABELLED_CODE):
             return None
         return Span("credit_code", match.start(), match.end(), code)
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from megatron_cgn.config.corpus import RedactConfig
 from megatron_cgn.corpus.document import Document, Outcome
-from megatron_cgn.corpus.redact import contact, identity
+from megatron_cgn.corpus.redact import contact, identity, network
 from megatron_cgn.corpus.redact.names import names
 from megatron_cgn.corpus.redact.patterns import UserPattern, load_patterns
 from megatron_cgn.corpus.redact.replace import Replacer
@@ -18,11 +18,11 @@ Detector = Callable[[View], Iterator[Span]]
 
 # What each detector finds. The order of kinds decides between findings of equal length.
 _DETECTORS: tuple[tuple[Detector, tuple[str, ...]], ...] = (
-    (contact.emails, ("email",)),
+    (network.emails, ("email",)),
     (identity.identity_cards, ("id_card",)),
     (identity.credit_codes, ("credit_code",)),
     (identity.bank_cards, ("bank_card",)),
-    (contact.machines, ("mac", "ip")),
+    (network.machines, ("mac", "ip")),
     (identity.passports, ("passport",)),
     (contact.telephones, ("mobile", "phone")),
     (identity.licence_plates, ("licence_plate",)),

@@ -26,6 +26,7 @@ _NUMERALS = re.compile("[〇零○一二三四五六七八九幺]{11,}")
 _NUMERAL_DIGITS = str.maketrans("〇零○一二三四五六七八九幺", "0001234567891")
 
 _LONG_NUMBER = re.compile(r"[0-9](?:[ .()/\r\n-]{0,6}[0-9]){6}")
+_RULE = re.compile(r"[ |:-]*-[ |:-]*")
 _LABEL_CHARACTERS = 28
 # Between a label and its number: no second number and no end of a clause.
 _REFUSAL_GAP = re.compile(r"[^0-9,;。\n]{0,6}")
@@ -186,20 +187,29 @@ def last_end(pattern: re.Pattern[str], text: str) -> int:
 
 
 def _tables(text: str) -> Iterator[Table]:
+    """Runs of lines with equally many separators; in Markdown, a rule follows the headings."""
     if "|" not in text and "\t" not in text:
         return
-    position, separator, first = 0, "", ""
     starts: list[int] = []
-    for line in text.split("\n"):
-        found = "|" if line.count("|") > 1 else "\t" if "\t" in line else ""
-        if starts and (found != separator or line.count(found) != first.count(found)):
-            if len(starts) > 1:
-                yield Table(separator, tuple(starts), position - 1, tuple(first.split(separator)))
-            starts = []
-        if found:
-            if not starts:
-                separator, first = found, line
+    lines: list[str] = []
+    position = 0
+    for line in [*text.split("\n"), ""]:
+        separator = "|" if line.count("|") > 1 else "\t"
+        number = line.count(separator)
+        if lines and number != lines[0].count(separator):
+            yield from _table(starts, lines)
+            starts, lines = [], []
+        elif len(lines) > 1 and _RULE.fullmatch(line):
+            yield from _table(starts[:-1], lines[:-1])
+            starts, lines = starts[-1:], lines[-1:]
+        if number:
             starts.append(position)
+            lines.append(line)
         position += len(line) + 1
-    if len(starts) > 1:
-        yield Table(separator, tuple(starts), position - 1, tuple(first.split(separator)))
+
+
+def _table(starts: list[int], lines: list[str]) -> Iterator[Table]:
+    if len(lines) > 1:
+        separator = "|" if lines[0].count("|") > 1 else "\t"
+        end = starts[-1] + len(lines[-1])
+        yield Table(separator, tuple(starts), end, tuple(lines[0].split(separator)))

@@ -1,8 +1,13 @@
-"""Chinese surnames, and the words that begin or end like names and are none.
+"""Surnames, labels, titles, and the words that begin like a name and are none.
 
-The surnames are those of the traditional list (百家姓) and the census that are still borne. Those
-that mostly begin ordinary words (广, 国, 通, …) are left out.
+The surnames are those of the traditional list (百家姓) and the census that are still borne.
 """
+
+
+def longest_first(words: str) -> str:
+    """A regular expression for any of some words, of two that match the longer one."""
+    return "|".join(sorted(words.split(), key=len, reverse=True))
+
 
 COMPOUND = (
     "欧阳 太史 端木 上官 司马 东方 独孤 南宫 万俟 闻人 夏侯 诸葛 尉迟 公羊 赫连 澹台 皇甫 宗政 "
@@ -37,9 +42,8 @@ OTHER = (
     "戴於杭水窦贝滑仰伊暴钭池阴胥双莘贡姬冉雍璩濮寿通扈浦向步都匡文寇广东"
 )
 
-NOT_SURNAMES = (
-    "的了是在有不和与或及但由从向为来被同每别终步都位公那相信来空通广东国双越益须养红母但"
-)
+NOT_SURNAMES = "于由从向来和同别终步都公那相信空通广国双越益须养但应时全"
+"""Surnames that mostly begin another word: names only where a label is set off from them."""
 
 NOT_GIVEN = (
     "部室处科组厂班站院所局司的了是及或与等须被该级泵阀器项者们您你我他她它吗呢吧啊由此即既且仍均"
@@ -60,7 +64,7 @@ WORDS = frozenset(
         "马达 马力 马上 车间 车辆 车载 车号 石油 石墨 石化 江苏 江西 江门 云南 云平台 "
         "云端 云计算 华北 华东 华南 华中 华龙 海南 海上 海阳 海水 海洋 海外 关于 关键 "
         "关闭 关系 关注 关联 连接 连续 连锁 空气 空调 空白 井口 路线 路由 路径 党委 "
-        "党支部 党组 党员 党群 党建 白班 白天 夜班 万元 万能 万用表 严格 严重 严禁 封闭 "
+        "党支部 党组 党员 党群 党建 白班 夜班 万元 万能 万用表 严格 严重 严禁 封闭 "
         "封头 封堵 支撑 支架 支持 支付 支部 支管 支路 强度 强制 强化 强调 强电 左右 "
         "左侧 步骤 公司 公用 公式 公告 公开 公称 金工 施工 施工方 施工队 施耐德 安工 "
         "管工 司机 司法 车工 商务 商业 商品 商定 商议 商讨 文件 文档 文字 文本 文化 "
@@ -68,9 +72,9 @@ WORDS = frozenset(
         "周末 段落 段长 古典 包括 包含 包装 包商 宁波 宁德 边界 边缘 边坡 初始 初步 "
         "初级 初审 初稿 展开 展示 展览 向上 向下 向前 向导 余热 余量 余额 余下 曲线 "
         "曲面 曲轴 阳江 阳极 阳光 阳台 阴极 台山 台账 台架 燕山 秦山 田湾 红沿河 防城港 "
-        "岭澳 大亚湾 武汉 武装 汪清 黄色 黄河 黄铜 黄海 白色 蓝色 红色 金色 银色 黑色 "
+        "岭澳 大亚湾 武汉 武装 汪清 黄色 黄河 黄铜 白色 蓝色 红色 金色 银色 黑色 "
         "银行 龙头 龙门 龙门吊 雷达 雷击 石灰 石膏 钢铁 铁路 毛坯 毛重 毛刺 汤逊 万向 "
-        "凌晨 洪水 洪峰 史料 范围 范例 范本 范畴 程控 程式 陆地 陆上 陆续 林业 林区 "
+        "凌晨 洪水 史料 范围 范例 范本 范畴 程控 程式 陆地 陆上 陆续 林业 林区 "
         "林地 叶片 叶轮 何时 何种 何处 何人 童装 方差 方位 方程 方格 孔径 孔板 孔洞 "
         "孔隙 席位 池水 池底 水池 楼层 楼梯 楼板 房屋 房间 房产 盘点 盘车 盘柜 盘管 "
         "索引 索赔 练习 权限 权重 权利 花费 盖板 盖章 门禁 门诊 印章 印刷 那么 那些 "
@@ -92,6 +96,71 @@ WORDS = frozenset(
         "平稳 平时 平方 平米 宣传 宣布 宣贯 晋级 容器 容量 容积 容许 敬请 浦东 浦项 "
         "元素 元器件 衣物 卫生 卫星 钟表 钟点 江水 江河 任期 金具 金相 金刚 万吨 成都市 "
         "深圳 上海 北京 东莞 龙岗 龙华 宁夏 贵州 广西 湖北 南山 福田 罗湖 曾经 雷电"
+        " 水化 暖通 时任 来自 现任 常驻 安防 和田 单项 向心 应变 应聘 党政 管网 管件 管壁 阳逻 "
+        "池壁 "
+        "贝塔 包壳 常温 左岸 井下 车站 强度 冷水 安监 成人 连铸 阴离 阳离 贝氏 奥氏 牛津 章鱼 "
     ).split()
 )
 """Words that begin with a surname: 安全 after a label is no Ms 安."""
+
+ROLES = longest_first(
+    "姓名 联系人 联络人 编制 编写 编者 起草 拟稿 撰写 撰稿 作者 译者 校核 校对 审核 "
+    "审查 审定 审批 审阅 批准 会签 签发 签字 签名 签署 签收 复核 核对 核准 确认人 "
+    "负责人 责任人 经办 承办 主办人 主持 主讲 记录 纪要人 整理人 汇报人 报告人 发言人 "
+    "参会人员 参会人 参会 参加人员 参加人 与会人员 与会 出席人员 出席 列席 缺席 请假 "
+    "到会 操作人 操作员 监护人 监督人 值班 值长 许可人 签发人 工作班成员 工作成员 "
+    "作业人员 申请人 收件人 发件人 寄件人 收货人 取货人 送货人 收款人 付款人 户名 "
+    "持卡人 开户人 借款人 代理人 代表人 代表 法人 监理 项目经理 技术负责 检查人 检验人 "
+    "检修人 检验员 检查员 巡检人 巡检员 验收人 试验人 测量人 测试人 试验员 调试人 "
+    "维修人 安装人 焊工 专责 班长 组长 主任 处长 科长 总工 工程师 技术员 安全员 "
+    "质检员 采购员 业务员 驾驶员 司机 患者 病人 员工 职工 当事人 被保险人 投保人 "
+    "受益人 紧急联系人 配偶 父亲 母亲 导师 学生 主编 副主编 编委 专家 抄送 主送 "
+    "报告者 填表 填报 制表 制图 设计 绘图 描图 处理人 发现人 报缺人 验证人 接收人 "
+    "交接人 交班 接班 交班人 接班人 甲方 乙方 主管 分管领导 值班人员 当班 授权人 "
+    "委托人 受托人 承租人 出租人 买方 卖方"
+)
+"""Labels of persons."""
+
+TITLES = longest_first(
+    "先生 女士 小姐 同志 同学 老师 师傅 博士 教授 院士 总工程师 高级工程师 工程师 "
+    "总经理 副总经理 经理 董事长 副总 总监 主任 副主任 处长 副处长 科长 副科长 部长 "
+    "副部长 院长 副院长 所长 书记 班长 组长 值长 厂长 副厂长 局长 主管"
+)
+"""Titles that follow a name, and label one before a colon."""
+
+ENGLISH_LABELS = frozenset(
+    "name contact person author authors author(s) attn attention signature engineer manager "
+    "supervisor operator inspector attendees participants present chair chairman chairperson "
+    "representative sender recipient cardholder employee patient responsible surname".split()
+)
+ENGLISH_VERBS = frozenset(
+    "prepared reviewed approved checked written signed verified issued compiled authorized "
+    "authorised submitted inspected performed reported requested drawn tested witnessed recorded "
+    "drafted edited chaired presented".split()
+)
+WHOSE_NAME = frozenset(
+    "full contact person employee author first last your patient customer applicant holder "
+    "cardholder engineer manager supervisor operator inspector owner".split()
+)
+NOT_PERSONS = frozenset(
+    "department division team group committee company ltd inc limited corp corporation office "
+    "service "
+    "services engineering quality safety nuclear power plant station laboratory institute "
+    "university "
+    "secretariat agency commission board section unit bureau ministry center centre technical "
+    "project "
+    "operations maintenance management assurance control system systems design review training "
+    "security "
+    "energy electric reactor water the this that all none not see to be date number no yes pending "
+    "approved general chief senior deputy shift customer support sales help desk public affairs "
+    "human "
+    "pump valve tank pipe line building room feedwater coolant steam generator turbine pressure "
+    "vessel heat exchanger emergency containment fuel core cooling spray primary secondary loop "
+    "main "
+    "auxiliary model data file type status value note notes results summary introduction method "
+    "methods background overview appendix annex section see using new open source first last use "
+    "default example input output time "
+    "resources test report version revision table figure chapter china "
+    "republic international national atomic standard standards document procedure".split()
+)
+"""English words of which no name of a person is made."""
