@@ -194,9 +194,9 @@ def _tables(text: str) -> Iterator[Table]:
     lines: list[str] = []
     position = 0
     for line in [*text.split("\n"), ""]:
-        separator = "|" if line.count("|") > 1 else "\t"
+        separator = _separator(line)
         number = line.count(separator)
-        if lines and number != lines[0].count(separator):
+        if lines and (separator, number) != (_separator(lines[0]), lines[0].count(separator)):
             yield from _table(starts, lines)
             starts, lines = [], []
         elif len(lines) > 1 and _RULE.fullmatch(line):
@@ -210,6 +210,10 @@ def _tables(text: str) -> Iterator[Table]:
 
 def _table(starts: list[int], lines: list[str]) -> Iterator[Table]:
     if len(lines) > 1:
-        separator = "|" if lines[0].count("|") > 1 else "\t"
+        separator = _separator(lines[0])
         end = starts[-1] + len(lines[-1])
         yield Table(separator, tuple(starts), end, tuple(lines[0].split(separator)))
+
+
+def _separator(line: str) -> str:
+    return "|" if line.count("|") > 1 else "\t"
