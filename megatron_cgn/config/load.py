@@ -265,7 +265,8 @@ def _explain(error: Exception, config_dir: Path) -> str:
     if isinstance(error, OverrideParseException):
         return (
             f"{error.override}: cannot be read as key=value. Text other than plain Latin words "
-            "takes quotes of its own, as in 'output_dir=\"runs/核电\"'."
+            "takes quotes of its own, as in 'output_dir=\"runs/核电\"'; names of sources in a mix "
+            "cannot have them, and go into a recipe of hydra_conf/experiment/ instead."
         )
     unknown = _UNKNOWN_KEY.search(message)
     if unknown:

@@ -1,6 +1,7 @@
 """Reading a configuration: composition, types, unknown keys in every spelling, all at once."""
 
 import dataclasses
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,7 +13,7 @@ from megatron_cgn.config.load import (
     load_config,
     typed_config,
 )
-from megatron_cgn.config.schema import ParallelConfig, RunConfig, SourceConfig
+from megatron_cgn.config.schema import FileConfig, ParallelConfig, RunConfig, SourceConfig
 from megatron_cgn.errors import ConfigError
 
 CPT = "+stage=cpt"
@@ -49,6 +50,43 @@ def test_overrides_arrive_with_their_types() -> None:
         SourceConfig(name="a", path="p/a", weight=0.8),
         SourceConfig(name="b", path="p/b", weight=None),
     )
+
+
+def test_a_mix_and_phases_arrive_and_read_back() -> None:
+    run = load_config(
+        [
+            CPT,
+            "data.mix={domain: 0.8, general: 2}",
+            "data.phases=[{until: 0.9, mix: {a: 1}}, {until: 100, mix: {b: 2.5}}, {mix: {c: 1}}]",
+            "data.sources=[{name: a, files: [{path: x, weight: 2}, {path: y}]}]",
+        ]
+    )
+    assert run.data.mix == {"domain": 0.8, "general": 2.0}
+    first, second, third = run.data.phases
+    assert (first.until, second.until, third.until) == (0.9, 100, None)
+    assert isinstance(second.until, int)
+    assert second.mix == {"b": 2.5}
+    assert run.data.sources[0].files == (
+        FileConfig(path="x", weight=2.0),
+        FileConfig(path="y", weight=None),
+    )
+    values = OmegaConf.to_container(OmegaConf.create(dump_config(run)))
+    assert isinstance(values, dict)
+    assert typed_config({str(k): v for k, v in values.items()}) == run
+    typed = typed_config({"data": {"mix": {"核电": 0.8}}})  # as a file may have it
+    assert typed.data.mix == {"核电": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.sources=[{name: a, files: [{pth: x}]}]", "data.sources.0.files.0.pth"),
+        ("data.phases=[{untl: 1, mix: {a: 1}}]", "data.phases.0.untl"),
+    ],
+)
+def test_unknown_keys_of_lists_are_named(override: str, key: str) -> None:
+    near = re.sub(r"\.\d+", "", key).replace("pth", "path").replace("untl", "until")
+    assert _fault(CPT, override) == f"{key}: unknown key; did you mean {near}?"
 
 
 def test_dumped_configuration_reads_back_to_itself() -> None:
@@ -133,6 +171,7 @@ def test_all_wrong_types_are_told_at_once() -> None:
         ("optim=3", "optim"),
         ("output_dir=[a", "output_dir=[a: cannot be read as key=value"),
         ("output_dir=核电", "takes quotes of its own"),
+        ("data.mix={核电: 0.8}", "go into a recipe of hydra_conf/experiment/"),
         ("model.hf_path=${nowhere}", "nowhere"),
     ],
 )
