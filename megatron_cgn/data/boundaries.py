@@ -52,12 +52,12 @@ def check_boundaries(indices: Iterable[IndexInfo]) -> None:
     Raises:
         DataError: Naming every such index.
     """
-    faults = [
+    faults = {
         f"{index.prefix}: its documents do not end with an end-of-document token (it was made "
         "with --no-append-eod), so data.reset_attention_mask=true cannot separate them. Make it "
         "again without that option, or set data.reset_attention_mask=false."
         for index in indices
         if index.sidecar.eod_id is None
-    ]
+    }
     if faults:
-        raise DataError("\n".join(faults))
+        raise DataError("\n".join(sorted(faults)))

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.data.blend import Blend, Place
 from megatron_cgn.data.blocks import SampleReader, fill_cache, reading_order
+from megatron_cgn.data.boundaries import check_boundaries
 from megatron_cgn.data.plan import plan_run
 from megatron_cgn.data.sources import Source, check_sources
 from megatron_cgn.data.windows import Sample, WindowDataset
@@ -95,9 +96,12 @@ def plan_pretraining(run: RunConfig, *, tokenizer: Tokenizer) -> PretrainingPlan
 
     Raises:
         ConfigError: If settings contradict each other.
-        DataError: If a source is unusable or too small.
+        DataError: If a source is unusable or too small, or does not show where documents end
+            though they are to be kept apart.
     """
     sources = check_sources(run.data, tokenizer_fingerprint=tokenizer.fingerprint())
+    if run.data.reset_attention_mask:
+        check_boundaries(d.index for s in sources for d in (*s.training, *s.validation))
     return PretrainingPlan(sources=sources, blend=plan_run(run, sources))
 
 
