@@ -134,6 +134,11 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         2,
         ["data.seq_length: 63", f"{TP}=2"],
     ),
+    "documents-apart-by-te-with-cp": (
+        {"data.reset_attention_mask": True, "model.backend": "te", CP: 2},
+        2,
+        ["data.reset_attention_mask: true", f"{CP}=2", "model.backend=native"],
+    ),
     "no-end": ({"train.train_iters": None}, 1, ["train.train_iters, train.epochs", "neither"]),
     "two-ends": ({"train.epochs": 1.0}, 1, ["train.train_iters, train.epochs", "both"]),
     "no-steps": ({"train.train_iters": 0}, 1, ["train.train_iters: 0", "at least 1"]),
