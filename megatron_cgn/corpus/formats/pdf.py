@@ -5,13 +5,17 @@ The order of the text is the file's own. Tables come out as lines; scanned pages
 
 import re
 from collections import Counter
+from math import ceil
 from statistics import quantiles
 
 from megatron_cgn.corpus.formats.unreadable import Unreadable
 from megatron_cgn.errors import ConfigError
 
-# Lines at the top and at the bottom of a page that may be a header or footer.
+# Lines at the top and at the bottom of a page that may be a header or footer: a quarter, at most 3.
 _EDGE_LINES = 3
+_EDGE_SHARE = 0.25
+# Columns of the narrowest text that is taken to be broken into lines, rather than listed.
+_MIN_WIDTH = 40
 _REPEATED_SHARE = 0.5
 _MIN_PAGES = 3
 _DIGITS = re.compile(r"\d+")
@@ -89,44 +93,62 @@ def join_pages(pages: list[str]) -> str:
     """
     lines = [[line.strip() for line in page.split("\n") if line.strip()] for page in pages]
     repeated = _repeated(lines)
-    kept = [line for page in lines for line in _without_edges(page, repeated)]
+    kept = [
+        line for number, page in enumerate(lines) for line in _without_edges(page, number, repeated)
+    ]
     return _join_lines(kept)
 
 
-def _key(line: str) -> str:
-    """A line without its page number."""
-    return _DIGITS.sub("0", " ".join(line.split()))
+def _keys(line: str, number: int) -> set[str]:
+    """A line as it is, and with its first or last number counted from that of the page.
+
+    So ``Revision 2, page 7 of 20`` is the same on every page, and a record that has other values
+    on every page is not.
+    """
+    line = " ".join(line.split())
+    keys = {line}
+    if numbers := list(_DIGITS.finditer(line)):
+        for match in (numbers[0], numbers[-1], numbers[-2 if len(numbers) > 1 else -1]):
+            relative = int(match[0][:9]) - number
+            keys.add(f"{line[: match.start()]}\0{relative}\0{line[match.end() :]}")
+    return keys
 
 
 def _repeated(pages: list[list[str]]) -> set[str]:
-    """Lines that most pages have at their top or bottom."""
-    filled = [page for page in pages if page]
+    """Keys of lines that most pages have at their top or bottom."""
+    filled = [(number, page) for number, page in enumerate(pages) if page]
     if len(filled) < _MIN_PAGES:
         return set()
-    counts = Counter(
-        key
-        for page in filled
-        for key in {_key(line) for line in page[:_EDGE_LINES] + page[-_EDGE_LINES:]}
-    )
+    counts: Counter[str] = Counter()
+    for number, page in filled:
+        size = _edge_lines(page)
+        edges = page[:size] + page[len(page) - size :]
+        counts.update(set().union(*(_keys(line, number) for line in edges)))
     return {key for key, count in counts.items() if count >= _REPEATED_SHARE * len(filled)}
 
 
-def _without_edges(page: list[str], repeated: set[str]) -> list[str]:
+def _without_edges(page: list[str], number: int, repeated: set[str]) -> list[str]:
+    size = _edge_lines(page)
     start, end = 0, len(page)
-    while start < min(end, _EDGE_LINES) and _is_edge(page[start], repeated):
+    while start < size and _is_edge(page[start], number, repeated):
         start += 1
-    while end > max(start, len(page) - _EDGE_LINES) and _is_edge(page[end - 1], repeated):
+    while end > len(page) - size and _is_edge(page[end - 1], number, repeated):
         end -= 1
     return page[start:end]
 
 
-def _is_edge(line: str, repeated: set[str]) -> bool:
-    return _key(line) in repeated or (len(line) <= 16 and bool(_NUMERAL.fullmatch(line)))
+def _edge_lines(page: list[str]) -> int:
+    return min(_EDGE_LINES, ceil(_EDGE_SHARE * len(page))) if len(page) > 1 else 0
+
+
+def _is_edge(line: str, number: int, repeated: set[str]) -> bool:
+    numeral = len(line) <= 16 and _NUMERAL.fullmatch(line) is not None
+    return numeral or not repeated.isdisjoint(_keys(line, number))
 
 
 def _join_lines(lines: list[str]) -> str:
     """Lines to paragraphs: a line that fills the page's width goes on in the next."""
-    full = 0.8 * _usual_width(lines)
+    full = max(_MIN_WIDTH, 0.8 * _usual_width(lines))
     joined: list[str] = []
     goes_on = False
     for line in lines:
