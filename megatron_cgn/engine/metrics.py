@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_cgn.engine.engine import StepReport
+from megatron_cgn.engine.plot import plot_losses
 
 _MIB = 1024 * 1024
 
@@ -124,7 +125,7 @@ class Monitor:
         )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.write(_line_of(_finite(record)))
         self._file.flush()
         for name, value in record.items():
             if name != "step" and value is not None:
@@ -194,47 +195,18 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw training loss and held-out bits per byte over steps.
-
-    Args:
-        records: From `read_records`.
-        path: PNG to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = sorted({n for r in records for n in r if n.endswith("/bits_per_byte")})
-    figure, axes = pyplot.subplots(
-        1, 2 if names else 1, figsize=(10 if names else 6, 4), squeeze=False, layout="constrained"
-    )
-    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    axes[0][0].plot(*zip(*steps, strict=True), linewidth=1)
-    axes[0][0].set(xlabel="step", ylabel="training loss (nats per token)")
-    for name in names:
-        points = [(r["step"], r[name]) for r in records if name in r]
-        label = name.removeprefix("val/").removesuffix("/bits_per_byte")
-        axes[0][1].plot(*zip(*points, strict=True), marker="o", label=label)
-    if names:
-        axes[0][1].set(xlabel="step", ylabel="held-out bits per byte")
-        axes[0][1].legend()
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    pyplot.close(figure)
-    partial.replace(path)
-
-
 def _keep_records(path: Path, *, upto: int) -> None:
     if not path.exists():
         return
     kept = [r for r in read_records(path) if r["step"] <= upto] if upto else []
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(r) + "\n" for r in kept), "utf-8")
+    partial.write_text("".join(map(_line_of, kept)), "utf-8")
     partial.replace(path)
+
+
+def _line_of(record: dict[str, Any]) -> str:
+    """A line of the file: names of sources are readable in any script."""
+    return json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def _run_case(case: Case, path: Path) -> dict[str, Any]:
     reports = [
         engine.train_step(_micro_batches(_rows(step), engine), objective) for step in range(STEPS)
     ]
+    plain = engine.train_step(_micro_batches(_rows(STEPS), engine), NextToken())
     return {
+        "other_objective": sorted(plain.metrics),
         "rows": engine.state.dp_rank * len(scores[0]),
         "scores": scores,
         "metrics": [r.metrics for r in reports],
@@ -217,6 +219,13 @@ def test_losses_of_sources_are_those_of_their_tokens_on_every_rank(
             found = {name: value for name, value in metrics.items() if name.startswith("train/")}
             wanted = {f"train/{SOURCES[source]}/loss": value for source, value in means.items()}
             assert found == pytest.approx(wanted, rel=FP32_PARALLEL_RTOL)
+
+
+@pytest.mark.parametrize("case", [*ONE, *TWO, *FOUR])
+def test_another_objective_on_the_same_engine_has_its_own_metrics(
+    ranks: dict[str, list[dict[str, Any]]], case: str
+) -> None:
+    assert [rank["other_objective"] for rank in ranks[case]] == [["loss"]] * len(ranks[case])
 
 
 @pytest.mark.parametrize("case", [*ONE, *TWO, *FOUR])

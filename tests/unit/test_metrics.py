@@ -9,7 +9,7 @@ import pytest
 
 from megatron_cgn.engine import metrics
 from megatron_cgn.engine.engine import StepReport
-from megatron_cgn.engine.metrics import Monitor, before_after_table, plot_losses, read_records
+from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
 
 TOKENS = 1000
 
@@ -181,20 +181,19 @@ def test_metrics_file_is_strict_json_also_for_nan(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").is_file()
 
 
-def test_plot_is_a_whole_picture(tmp_path: Path) -> None:
-    monitor = _monitor(tmp_path)
-    monitor.on_validation(0, {"val/a/loss": 5.0, "val/a/bits_per_byte": 2.0})
-    monitor.on_step(_report(1))
-    monitor.on_end()
-    from PIL import Image
+def test_losses_of_sources_are_written_readably_and_drawn(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Image.open(tmp_path / "loss.png") as picture:
-        picture.load()
-        assert picture.size == (1200, 480)
-    plot_losses([{"step": 1, "loss": 2.0}], tmp_path / "narrow.png")
-    with Image.open(tmp_path / "narrow.png") as picture:
-        assert picture.size == (720, 480)
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["loss.png", "narrow.png"]
+    monitor = _monitor(tmp_path)
+    monitor.on_step(_report(1, metrics={"loss": 2.0, "train/领域/loss": 1.5}))
+    monitor.on_end()
+    assert '"train/领域/loss": 1.5' in (tmp_path / "metrics.jsonl").read_text("utf-8")
+    _monitor(tmp_path, first_step=1).on_end()
+    assert '"train/领域/loss": 1.5' in (tmp_path / "metrics.jsonl").read_text("utf-8")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("train/领域/loss")[0].value == 1.5
+    assert (tmp_path / "loss.png").is_file()
 
 
 def test_run_without_a_step_leaves_no_plot(tmp_path: Path) -> None:

@@ -82,3 +82,25 @@ def test_sums_add_up_however_the_batch_is_cut() -> None:
 def test_batches_cannot_be_changed_by_an_objective() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         _batch(torch.ones(1, 2)).loss_mask = torch.zeros(1, 2)  # type: ignore[misc]
+
+
+def test_losses_of_sources_are_those_of_their_counted_tokens() -> None:
+    nll = torch.tensor([[1.0, 2.0, 4.0], [8.0, math.nan, 32.0]], requires_grad=True)
+    batch = _batch(
+        torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 1.0]]),
+        source_ids=torch.tensor([[2, 0, 2], [2, 2, 0]]),
+    )
+    result = NextToken(["领域", "none", "code"]).loss(nll, batch)
+    found = {name: (r.sum.item(), r.count.item()) for name, r in result.metrics.items()}
+    assert found == {
+        "train/领域/loss": (32.0, 1.0),
+        "train/none/loss": (0.0, 0.0),
+        "train/code/loss": (1.0 + 4.0 + 8.0, 3.0),
+    }
+    assert not any(r.sum.requires_grad for r in result.metrics.values())
+    assert result.loss_sum.item() == 1.0 + 4.0 + 8.0 + 32.0
+
+
+def test_batches_that_know_no_source_report_none() -> None:
+    result = NextToken(["a"]).loss(torch.ones(1, 4), _batch(torch.ones(1, 4)))
+    assert dict(result.metrics) == {}
