@@ -148,7 +148,7 @@ def _fits_title(text: str, start: int, end: int, title: str) -> bool:
     if name[-1] in "和与及由":
         return False
     if name[0] in NOT_SURNAMES:
-        return name[0] not in "由从向来和同" and _word_begins(text, start)
+        return not re.match(f"[{HAN}]", text[start - 1 : start]) and name[0] not in "由从向来"
     return name[0] in COMMON or _word_begins(text, start)
 
 

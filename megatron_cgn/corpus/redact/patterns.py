@@ -1,6 +1,6 @@
 """The user's own patterns: equipment tags, contract numbers, project names.
 
-They come from a YAML file (``hydra_conf/corpus/patterns.example.yaml`` explains every key), are
+They come from a YAML file (``samples/patterns.example.yaml`` explains every key), are
 checked when it is read, and are matched by the ``regex`` package under a time limit: an expression
 that backtracks catastrophically stops the run with its name, rather than for ever.
 """
@@ -30,7 +30,7 @@ _KEYS = {
 }
 _CHECKSUMS = ("luhn", "id_card", "credit_code")
 _CONTEXT_CHARACTERS = 30
-_PROBE_SECONDS = 2.0
+_PROBE_SECONDS = 1.0
 _SECONDS = 30.0
 _SECONDS_PER_CHARACTER = 2e-5
 # Runs of what identifiers are made of, none of them complete.
@@ -163,8 +163,10 @@ def _entry_faults(entry: dict[str, Any]) -> Iterator[str]:
         yield f"name: {name}; is a built-in kind; choose another"
     if entry.get("checksum", "luhn") not in _CHECKSUMS:
         yield f"checksum: {entry['checksum']!r}; must be one of {', '.join(_CHECKSUMS)}"
-    if entry.get("replacement", "x") == "":
-        yield "replacement: empty; must be a text such as [CONTRACT], or the text around would join"
+    replacement = entry.get("replacement", "[X]")
+    if isinstance(replacement, str) and not re.fullmatch(r"\[[^\[\]\n]{1,40}\]", replacement):
+        # Else the next redaction could take a document's own words for a replacement.
+        yield f"replacement: {replacement!r}; must be a text in brackets, such as [CONTRACT]"
     if not isinstance(entry.get("regex"), str):
         yield f"regex: {entry.get('regex')!r}; must be a regular expression in quotes"
     else:
@@ -180,15 +182,14 @@ def _regex_faults(source: str) -> Iterator[str]:
             "became half-width ones (： is :). Write half-width"
         )
     try:
-        pattern = regex.compile(source)
+        pattern = _compile(source)
     except regex.error as error:
         yield f"regex: {source}; {error.msg} at character {(error.pos or 0) + 1}"
         return
     try:
-        if any(pattern.search(probe, timeout=_PROBE_SECONDS) is None for probe in ("",)):
-            for probe in _PROBES:
-                pattern.search(probe, timeout=_PROBE_SECONDS)
-        else:
+        for probe in _PROBES:
+            pattern.search(probe, timeout=_PROBE_SECONDS)
+        if pattern.search("") is not None:
             yield f"regex: {source}; matches the empty text. Ask for at least one character"
     except TimeoutError:
         yield (
@@ -198,15 +199,18 @@ def _regex_faults(source: str) -> Iterator[str]:
         )
 
 
-def _pattern(entry: dict[str, Any], where: str) -> UserPattern:
+def _compile(source: str, *, ignore_case: bool = False) -> Any:
     import regex
 
+    # ASCII, so that \\b lies between 号 and A: both are letters to Unicode.
+    return regex.compile(source, regex.ASCII | (regex.IGNORECASE if ignore_case else 0))
+
+
+def _pattern(entry: dict[str, Any], where: str) -> UserPattern:
     name = entry["name"]
     return UserPattern(
         name=name,
-        pattern=regex.compile(
-            entry["regex"], regex.IGNORECASE if entry.get("ignore_case", False) else 0
-        ),
+        pattern=_compile(entry["regex"], ignore_case=entry.get("ignore_case", False)),
         source=where,
         replacement=entry.get("replacement", f"[{name.upper()}]"),
         context=tuple(entry.get("context", ())),

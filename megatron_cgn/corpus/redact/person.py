@@ -53,7 +53,7 @@ def name_end(text: str, position: int) -> int | None:
     Returns:
         The end of the name, or None if there is none.
     """
-    for pattern in (_CHINESE, _MINORITY, _ENGLISH):
+    for pattern in (_MINORITY, _CHINESE, _ENGLISH):
         match = pattern.match(text, position)
         if match and (pattern is _MINORITY or is_person(match[0])):
             return match.end()

@@ -127,13 +127,18 @@ class Redactor:
             span
             for detector in self._detectors
             for span in detector(view)
-            if span.kind in self._kinds and _folded(span.value) not in self._ignored
+            if span.kind in self._kinds
         ]
         keep_out = {pattern.name for pattern in self._patterns if pattern.keep}
         # The user's own patterns come first; then the longer, then the more specific.
         found.sort(key=lambda span: (span.start - span.end, _RANKS[span.kind], span.start))
         chosen = _without_overlaps([*kept, *found], len(text))
-        return [span for span in chosen if span.kind not in keep_out]
+        # What is to stay has had its say in the choice: no part of it is anything else.
+        return [
+            span
+            for span in chosen
+            if span.kind not in keep_out and _folded(span.value) not in self._ignored
+        ]
 
     def _apply(self, text: str, spans: list[Span]) -> str:
         pieces, end = [], 0

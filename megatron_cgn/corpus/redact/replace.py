@@ -74,12 +74,11 @@ class Replacer:
             return placeholder
         message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(message, key=self._key, digest_size=_DIGEST_BYTES).hexdigest()
-        return f"{placeholder.removesuffix(']')}-{digest}" + "]" * placeholder.endswith("]")
+        return f"{placeholder[:-1]}-{digest}]"
 
 
 def _with_digest(placeholder: str) -> str:
-    end = re.escape("]") if placeholder.endswith("]") else ""
-    return rf"{re.escape(placeholder.removesuffix(']'))}(?:-[0-9a-f]{{{2 * _DIGEST_BYTES}}})?{end}"
+    return rf"{re.escape(placeholder[:-1])}(?:-[0-9a-f]{{{2 * _DIGEST_BYTES}}})?\]"
 
 
 def _read_key(settings: RedactConfig) -> bytes:

@@ -121,7 +121,8 @@ class View:
         before = self.before(position)
         good = last_end(wanted, before)
         bad = last_end(OTHER_NUMBERS, before)
-        if good > bad:
+        # 信用代码 is one, although 代码 is the label of any other number.
+        if good >= bad and good >= 0:
             return True
         if bad >= 0 and _REFUSAL_GAP.fullmatch(before, bad):
             return False
