@@ -184,7 +184,7 @@ class RedactConfig:
     key_environment: str = "MEGATRON_CGN_REDACT_KEY"
     """Environment variable with that key, read where there is no ``key_file``."""
     patterns_file: str | None = None
-    """YAML file of your own patterns; ``hydra_conf/corpus/patterns.example.yaml`` explains it."""
+    """YAML file of your own patterns; ``samples/patterns.example.yaml`` explains it."""
     ignore: tuple[str, ...] = ()
     """Values that stay, such as a public hotline; separators, width and case do not matter."""
     max_findings: int | None = None
