@@ -88,10 +88,11 @@ def describe(blend: Blend) -> Iterator[str]:
             if len(source["files"]) > 1:
                 rows += [(f"  {f['path']}", *_cells(f), "") for f in source["files"]]
     read = {source["name"]: source["epochs"] for source in account["sources"]}
+    trained = {name for phase in blend.phases for name in phase.shares}
     rows += [
         (name, "0.0%", "0", "0", "0.00", f"{tokens:,}")
         for name, tokens in held_out.items()
-        if not read[name]
+        if name not in trained
     ]
     yield "\n".join(_aligned(rows))
     for name, epochs in read.items():
@@ -117,7 +118,7 @@ def _by_source(
             {
                 "name": source.name,
                 **_share(share),
-                **_amount(blend, sum(sequences), source.tokens),
+                **_drawn(blend, sum(sequences), source.tokens),
                 "files": [
                     _of_file(blend, file, number, share)
                     for file, number in zip(source.files, sequences, strict=True)
@@ -135,7 +136,7 @@ def _of_file(blend: Blend, file: BlendFile, number: int, share: Fraction | None)
         "documents": file.stop - file.start,
         "tokens_per_epoch": file.tokens,
         **_share(None if share is None else share * file.weight),
-        **_amount(blend, number, file.tokens),
+        **_drawn(blend, number, file.tokens),
     }
 
 
@@ -143,10 +144,14 @@ def _share(share: Fraction | None) -> dict[str, float]:
     return {} if share is None else {"share": float(share)}
 
 
-def _amount(blend: Blend, sequences: int, epoch: int = 0) -> dict[str, int | float]:
-    tokens = sequences * blend.seq_length
-    found: dict[str, int | float] = {"sequences": sequences, "tokens": tokens}
-    return {**found, "epochs": tokens / epoch} if epoch else found
+def _amount(blend: Blend, sequences: int) -> dict[str, int]:
+    return {"sequences": sequences, "tokens": sequences * blend.seq_length}
+
+
+def _drawn(blend: Blend, sequences: int, epoch: int) -> dict[str, int | float]:
+    """An amount, also in epochs of so many tokens; those of nothing are 0."""
+    amount = _amount(blend, sequences)
+    return {**amount, "epochs": amount["tokens"] / max(1, epoch)}
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
@@ -154,7 +159,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
         f"{row['share']:.1%}",
         f"{row['sequences']:,}",
         f"{row['tokens']:,}",
-        f"{row.get('epochs', 0):.2f}",
+        f"{row['epochs']:.2f}",
     )
 
 

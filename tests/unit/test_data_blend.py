@@ -423,6 +423,9 @@ def test_the_plan_is_told_as_a_table_with_a_warning() -> None:
         "code                   80.0%         32     320    3.56         0",
         "核电                    0.0%          0       0    0.00        90",
     ]
+    empty = replace(source("held", 0), validation=CODE.training)
+    (table,) = describe(plan(DOMAIN, empty, iters=1, mix={"domain": 1}, validation_fraction=0.9))
+    assert table.splitlines()[-1] == "held      0.0%          0       0    0.00        90"
     table, warning = describe(plan(DOMAIN, CODE, iters=101, mix={"domain": 0.9, "code": 0.1}))
     # 40 of 404 sequences: 4.4 passes over 90 tokens.
     assert table.splitlines()[-1] == "code    10.0%         40     400    4.44         0"

@@ -161,6 +161,13 @@ def test_held_out_documents_are_never_trained_on(world: World) -> None:
         assert len(rest - trained) < SEQ + 1  # several epochs: all but a tail was trained on
 
 
+def test_a_longer_run_begins_as_the_shorter_one(world: World) -> None:
+    """Over the ends of several epochs of each source."""
+    longest = rows(world.build(700, a=0.7, b=0.2, c=0.1))
+    for sequences in (1, 99, 100, 350):
+        assert rows(world.build(sequences, a=0.7, b=0.2, c=0.1)) == longest[:sequences]
+
+
 def test_order_depends_on_the_seed_alone(world: World, tmp_path: Path) -> None:
     first = rows(world.build(100, a=0.7, b=0.3))
     assert rows(world.build(100, a=0.7, b=0.3)) == first  # from the cache
