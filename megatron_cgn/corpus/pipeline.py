@@ -104,7 +104,9 @@ def prepare_corpus(
     """
     if faults := list(settings.faults()):
         raise ConfigError("\n".join(faults))
-    Steps(settings).build()
+    steps = Steps(settings)
+    steps.build()
+    steps.check_prior()
     output = Path(output)
     inputs = find_inputs(sources, output=output)
     against = {path: _manifest_digest(path) for path in settings.deduplicate.prior}
@@ -166,6 +168,9 @@ def _first_pass(job: Job) -> tuple[int, tuple[str, ...]]:
         for _ in map_in_order(make, tasks, workers=job.workers, describe=describe):
             done.check()
         done.check(final=True)
+        if not done.num_documents:
+            given = ", ".join(path for source in job.sources for path in source.paths)
+            raise DataError(f"{given}: no documents: nothing but empty files. Check the paths.")
         _check_unchanged(job.inputs)
         write_json(finished, sources)
     names = tuple(job.sources[place].name for place in read_json(finished))
@@ -192,6 +197,11 @@ class _Done:
         self._job = job
         self._next = 0
         self._tally: Tally = {}
+
+    @property
+    def num_documents(self) -> int:
+        """Lines and files so far."""
+        return sum(self._tally.get("documents", {}).values())
 
     def check(self, *, final: bool = False) -> None:
         while self._job.work.done(first_pass.STAGE, self._next):

@@ -150,8 +150,12 @@ def publish(output: Path, work: Work) -> None:
     for name in OUTPUTS:
         _remove(output / name)
         if (made / name).exists():
-            os.replace(made / name, output / name)
+            _move(made / name, output / name)
         sync(output)
+
+
+def _move(source: Path, target: Path) -> None:
+    os.replace(source, target)
 
 
 def _remove(path: Path) -> None:

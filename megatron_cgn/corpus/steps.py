@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_cgn.config.corpus import CorpusConfig
 from megatron_cgn.corpus.document import Document, Outcome
+from megatron_cgn.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_cgn.corpus.clean import Cleaner
@@ -34,6 +35,22 @@ class Steps:
             DataError: If a file of the settings is unusable.
         """
         _ = self._cleaner, self.signer, self.redactor, self._decontaminator
+
+    def check_prior(self) -> None:
+        """Check that what earlier corpora kept can be compared with.
+
+        Raises:
+            DataError: If it is missing, damaged, or was made in another way.
+        """
+        if self.signer is None:
+            return
+        from megatron_cgn.corpus.dedup import load_signatures
+        from megatron_cgn.corpus.names import Names
+
+        for path in map(Path, self._settings.deduplicate.prior):
+            signatures = load_signatures(path, parameters=self.signer.parameters)
+            if len(signatures) != len(Names.load(path)):
+                raise DataError(f"{path}: not as many ids as signatures. Make the corpus again.")
 
     def clean(self, document: Document) -> Outcome:
         """Clean a document, or leave it as it is."""

@@ -30,10 +30,12 @@ def record(number: int) -> str:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object] | str]) -> Path:
-    """Write rows; a text is a line as it is."""
+    """Write rows; a text is a line as it is. A file that holds them already stays untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    content = "".join(f"{line}\n" for line in lines).encode()
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
     return path
 
 
