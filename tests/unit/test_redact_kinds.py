@@ -80,6 +80,10 @@ FOUND = [
     ("name", "⟦陈明⟧指出，"),
     ("name", "主持人：⟦王建国⟧。会上⟦王建国⟧要求"),
     ("name", "户名：⟦阿卜杜·热合曼⟧"),
+    ("name", "姓　　名：⟦张三⟧"),
+    ("name", "**联 系 人**：⟦李四⟧"),
+    ("name", "负责人：⟦李兰娟⟧ ⟦盛吉芳⟧ ⟦黄建荣⟧\n地理位置"),
+    ("name", "请⟦李⟧总、⟦王⟧工、⟦赵⟧主任参加"),
     ("name", "Prepared by: ⟦J. Smith⟧, ⟦Wei Zhang⟧"),
     ("name", "Mr. ⟦Smith⟧ and Dr. ⟦Anne O'Neill⟧"),
     ("name", "**Author**: ⟦Jean-Pierre Dupont⟧"),
@@ -131,6 +135,12 @@ KEPT = [
     "written by the Monte Carlo code, followed by Figure 3",
     "| Name | Value |\n|---|---|\n| Monte Carlo | 3 |",
     "E12345678 阀门",
+    "审核：社交媒体检测标记；入驻审核：设置审核状态",
+    "负责人：全栈 Agent，起草：WorkBuddy",
+    "申请：安全通道；设计：高温高压；记录：温度、压力",
+    "高工、员工、施工、汇总",
+    "2.83-2.12 3.51.98.32 2.03",
+    "serial AF:A2:8B:B9:33:AD:DA:AC",
     "深圳市福田区深南大道2002号",
 ]
 

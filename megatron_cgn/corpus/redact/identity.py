@@ -14,6 +14,7 @@ from megatron_cgn.corpus.redact.view import Span, View
 # One separator between two digits: a space, a hyphen, or the end of a line.
 _S = r"(?:[ -]|[ ]?\r?\n[ ]{0,4})?"
 _SEPARATORS = re.compile(r"[^0-9A-Za-z]+")
+_BESIDE_ID = re.compile(r"(?:身份证|身份号|公民身份)[^0-9\n]{0,8}\Z")
 _LABELLED_ID = re.compile(r"身份证|身份号|证件|公民身份|居民身份|(?<![a-z])id(?![a-z])", re.I)
 
 # Patterns begin with a set of characters and look behind it: `re` then skips quickly to the next
@@ -51,12 +52,13 @@ _CARD_GROUPS = re.compile(
     r"[0-9]{4}[ -][0-9]{6}[ -][0-9]{4,5}|[0-9]{6}[ -][0-9]{10,13}"
 )
 _LABELLED_CARD = re.compile(
-    r"卡号|银行卡|借记卡|信用卡|储蓄卡|工资卡|账号|帐号|账户|帐户|card|account|a/c|debit|credit",
+    r"卡 {0,6}号|账 {0,6}号|银行卡|借记卡|信用卡|储蓄卡|工资卡|账号|帐号|账户|帐户|card|account|"
+    r"a/c|debit|credit",
     re.I,
 )
 _ACCOUNT = re.compile(r"[0-9](?<![0-9A-Za-z].)(?:[ -]?[0-9]){11,22}(?![0-9A-Za-z])", re.S)
 _LABELLED_ACCOUNT = re.compile(
-    r"(?:账号|帐号|账户|帐户|卡号|[Aa]ccount (?:[Nn]o\.?|[Nn]umber))[: |]{1,6}\Z"
+    r"(?:账 {0,6}号|帐 {0,6}号|账户|帐户|卡 {0,6}号|[Aa]ccount (?:[Nn]o\.?|[Nn]umber))[: |]{1,6}\Z"
 )
 _IBAN = re.compile(r"[A-Z](?<![0-9A-Za-z].)[A-Z][0-9]{2}(?: ?[0-9A-Z]){11,30}(?![0-9A-Za-z])", re.S)
 
@@ -92,7 +94,7 @@ def identity_cards(view: View) -> Iterator[Span]:
             return None
         # Labels excuse a wrong check digit: a slip of the pen reveals no less.
         checked = ric.calc_check_digit(number) == number[-1]
-        if not checked and not view.label(match.start(), _LABELLED_ID):
+        if not checked and not _BESIDE_ID.search(view.before(match.start())):
             return None
         return Span("id_card", match.start(), match.end(), number)
 

@@ -53,7 +53,7 @@ NOT_GIVEN = (
 
 WORDS = frozenset(
     (
-        "安全 安装 安排 高压 高级 高度 高温 高工 高中 高效 高层 金属 金额 金融 水工 "
+        "全栈 任免 安全 安装 安排 高压 高级 高度 高温 高工 高中 高效 高层 金属 金额 金融 水工 "
         "水泵 水位 水平 水质 水压 水电 水力 计划 计算 计量 计时 计数 方可 方案 方法 "
         "方式 方向 方面 方能 成立 成功 成品 成本 成员 成套 成果 成绩 成都 全部 全体 "
         "全面 全国 全程 全过程 全厂 常规 常用 常见 常务 时间 时候 时刻 时段 时长 单位 "
@@ -104,7 +104,7 @@ WORDS = frozenset(
 """Words that begin with a surname: 安全 after a label is no Ms 安."""
 
 ROLES = longest_first(
-    "姓名 联系人 联络人 编制 编写 编者 起草 拟稿 撰写 撰稿 作者 译者 校核 校对 审核 "
+    "监护 申请 确认 姓名 联系人 联络人 编制 编写 编者 起草 拟稿 撰写 撰稿 作者 译者 校核 校对 审核 "
     "审查 审定 审批 审阅 批准 会签 签发 签字 签名 签署 签收 复核 核对 核准 确认人 "
     "负责人 责任人 经办 承办 主办人 主持 主讲 记录 纪要人 整理人 汇报人 报告人 发言人 "
     "参会人员 参会人 参会 参加人员 参加人 与会人员 与会 出席人员 出席 列席 缺席 请假 "
@@ -156,7 +156,7 @@ NOT_PERSONS = frozenset(
     "human "
     "pump valve tank pipe line building room feedwater coolant steam generator turbine pressure "
     "vessel heat exchanger emergency containment fuel core cooling spray primary secondary loop "
-    "main "
+    "main creative commons foundation society association software free project contributors "
     "auxiliary model data file type status value note notes results summary introduction method "
     "methods background overview appendix annex section see using new open source first last use "
     "default example input output time "

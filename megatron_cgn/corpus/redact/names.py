@@ -28,10 +28,13 @@ from megatron_cgn.corpus.redact.person import (
 )
 from megatron_cgn.corpus.redact.view import MASKED, Span, View
 
-_ROLE = rf"(?:{TITLES}|{ROLES})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
+# Forms spread short labels to the width of long ones.
+_SPREAD = "姓 {1,8}名|编 {1,8}制|审 {1,8}核|校 {1,8}[核对]|批 {1,8}准|作 {1,8}者|联 ?系 ?人"
+_ROLE = rf"(?:{TITLES}|{ROLES}|{_SPREAD})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
 _LABEL = re.compile(
-    rf"{_ROLE}(?:[ ]?\([^()\n]{{0,12}}\))?"
-    r"(?P<gap>[ \t]{0,8}(?::|=|\|)[ \t|]{0,6}(?:\r?\n[ \t|]{0,4})?|为[: ]?|是[: ]?|[ \t]{1,8}|"
+    # Asterisks: Markdown sets labels in bold type.
+    rf"{_ROLE}(?:[ ]?\([^()\n]{{0,12}}\))?\*{{0,2}}"
+    r"(?P<gap>[ \t]{0,8}(?::|=|\|)[ \t|*]{0,6}(?:\r?\n[ \t|]{0,4})?|为[: ]?|是[: ]?|[ \t]{1,8}|"
     r"[ \t]{0,4}\r?\n[ \t|]{0,4}|)"
 )
 # Of the labels, those that are a person and no activity.
@@ -41,7 +44,7 @@ _NEXT = re.compile(
     r"(?:[ ]?\([^()\n]{0,20}\))?(?:[ ]?(?:,? and |[、,;/&]|和|及|与)[ ]?(?:and )?|[ ]{1,4})?"
 )
 _SKIPPED = re.compile(rf"{MASKED}+|[^、,;:=。\n|]{{1,16}}(?=[、;])")
-_TITLE = re.compile(rf"{TITLES}|工(?![{HAN}])")
+_TITLE = re.compile(rf"{TITLES}|[工总](?![{HAN}])")
 _FULL_NAME = re.compile(FULL_NAME)
 _ACTING = re.compile(
     rf"由({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|汇报|提出|完成|组织|操作|监护|保管)|"
@@ -51,7 +54,7 @@ _HEADING = re.compile(
     rf"[* ]*{_ROLE}[* ]*|[* ]*(?:[A-Z][a-z]+ )?(?:[Bb]y|[Aa]uthors?|[Cc]ontact)[* ]*"
 )
 
-_ENGLISH_SIGN = re.compile(r"[:|][ \t|]{0,6}(?=[A-Z])|[yY] (?=[A-Z])")
+_ENGLISH_SIGN = re.compile(r"[:|][ \t|*]{0,6}(?=[A-Z])|[yY] (?=[A-Z])")
 _ENGLISH_TITLE = re.compile(
     rf"(?:Mr|Mrs|Ms|Miss|Dr|Prof|Ing|Engr|Mme)\.? ({ENGLISH_WORD}(?: {ENGLISH_WORD}){{0,3}})"
 )

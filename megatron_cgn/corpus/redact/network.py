@@ -111,7 +111,8 @@ def machines(view: View) -> Iterator[Span]:
             address = ipaddress.IPv6Address(match[0])
         except ValueError:
             return None
-        if len(groups) < 8 and len(groups[0]) < 3:
+        # Eight pairs are a serial number; short ones may be anything, such as hours or slices.
+        if max(map(len, groups)) < 3 or len(groups) < 8 and len(groups[0]) < 3:
             return None
         return Span("ip", match.start(), match.end(), str(address))
 
@@ -148,7 +149,8 @@ def _is_host(text: str) -> bool:
         address = ipaddress.IPv4Address(text)
     except ValueError:
         return False
-    return not (address.is_loopback or address.is_unspecified or text.startswith("255."))
+    nobody = address.is_loopback or address.is_unspecified or address.is_multicast
+    return not nobody and not text.startswith("255.")
 
 
 def _labelled_host(view: View, match: re.Match[str]) -> bool:
@@ -159,6 +161,8 @@ def _labelled_host(view: View, match: re.Match[str]) -> bool:
     label = view.label(match.start(), _MACHINE)
     if label is not None:
         return label
+    if re.search(r"[0-9][ ,]{1,2}\Z", before):
+        return False
     octets = [int(octet) for octet in match[0].split(".")]
     if octets[:2] == [192, 168] or octets[0] == 172 and 16 <= octets[1] < 32:
         return True

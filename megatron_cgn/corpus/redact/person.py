@@ -37,7 +37,7 @@ ENGLISH_WORD = (
 """A word of an English name, or an initial, as a regular expression."""
 _ENGLISH = re.compile(
     rf"(?:{ENGLISH_WORD}|[A-Z]{{2,12}}(?= [A-Z][a-z]))"
-    rf"(?: ?{ENGLISH_WORD}|(?<=\.)-{ENGLISH_WORD}| [A-Z]{{2,15}}(?![A-Za-z])"
+    rf"(?: {ENGLISH_WORD}|(?<=\.)-?{ENGLISH_WORD}| [A-Z]{{2,15}}(?![A-Za-z])"
     r"| (?:de|van|von|der|la|le|bin|al)(?= )){1,3}"
     r"(?![A-Za-z])"
 )

@@ -172,7 +172,8 @@ OTHER_NUMBERS = re.compile(
     r"条码|条形码|"
     r"运单|快递|工单|资产|版本|文号|档案|标准|账期|凭证|税号|型号|代码|图纸|交易号|票号|"
     r"(?<![a-z])(?:s/?n|p/?n|order|invoice|part|serial|batch|lot|isbn|issn|doi|item|asset|ticket|"
-    r"version|std|standard|build|document|doc|tracking|reference|ref|code|drawing|dwg|barcode|timestamp|hash|"
+    r"version|std|standard|build|document|doc|tracking|reference|ref|code|drawing|dwg|barcode|"
+    r"timestamp|hash|"
     r"job|transaction|[a-z]*_?id)(?![a-z])",
     re.IGNORECASE,
 )
