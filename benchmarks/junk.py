@@ -73,7 +73,7 @@ def _level_one() -> str:
 
 def _keyboard(rng: random.Random, _: str) -> str:
     words = []
-    for _ in range(150):
+    for _word in range(150):
         row, length = rng.choice(_ROWS), rng.randrange(3, 9)
         start = rng.randrange(len(row))
         words.append(

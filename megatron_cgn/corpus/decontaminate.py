@@ -5,6 +5,7 @@ Here it is decided what becomes of a document.
 """
 
 import logging
+import multiprocessing
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def _summaries(passages: Sequence[Passage], index: OverlapIndex) -> tuple[Evalua
         items = {passage.item for passage in passages if passage.file == path}
         found = {item for file, item in searched if file == path}
         files.append(EvaluationFile(path, len(items), len(items - found)))
-        if len(found) < len(items):
+        # Every worker reads the files; one process tells.
+        if len(found) < len(items) and multiprocessing.parent_process() is None:
             _logger.warning(
                 "%s: %d of %d items are too short, stock phrases or copies of other items: "
                 "documents are not searched for them.",

@@ -7,8 +7,8 @@ they find nothing more.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from itertools import pairwise
+from collections.abc import Collection, Sequence, Set
+from itertools import pairwise, takewhile
 from typing import Literal, get_args
 
 from megatron_cgn.corpus import navigation
@@ -45,7 +45,7 @@ _CONTENTS_HEADING = re.compile(
 )
 
 _COPYRIGHT = re.compile(
-    r"(?:copyright\b|©|版权所有)(?=.*(?:(?:19|20)\d\d|reserved|保留|所有)).{0,150}"
+    r"(?:(?:copyright|版权所有)\s*[:：]?\s*(?:©|\(c\)|（c）)?|©)\s*[:：]?\s*(?:19|20)[0-9]{2}\b.{0,120}"
     r"|.{0,100}(?:all rights reserved|保留所有权利|保留一切权利|版权所有)[.。]?",
     re.IGNORECASE,
 )
@@ -159,29 +159,32 @@ def _page_marks(short: dict[int, str]) -> list[int]:
     return marks
 
 
-def _running(short: dict[int, str], lines: Sequence[str], pages: Sequence[int]) -> list[int]:
-    """Find headers and footers: lines that are the same around most page breaks."""
-    if len(pages) < _FEWEST:
+def _running(short: dict[int, str], lines: Sequence[str], marks: Sequence[int]) -> list[int]:
+    """Find headers and footers: lines that are the same beside most page breaks."""
+    form_feeds = sum(lines[mark] == _FORM_FEED for mark in marks)
+    num_pages = max(form_feeds, len(marks) - form_feeds)
+    if num_pages < _FEWEST:
         return []
-    places: dict[str, set[int]] = {}
-    breaks: Counter[str] = Counter()
-    for page in pages:
-        around = {i for step in (-1, 1) for i in _nearby(lines, page, step) if i in short}
-        breaks.update({short[i] for i in around})
-        for i in around:
-            places.setdefault(short[i], set()).add(i)
-    needed = max(_FEWEST, len(pages) / 2)
-    found = (line for line, times in breaks.items() if times >= needed)
-    return [i for line in found if len(places[line]) >= _FEWEST for i in places[line]]
+    breaks = set(marks)
+    sides = [_beside(short, lines, mark, step, breaks) for mark in marks for step in (-1, 1)]
+    times = Counter(short[i] for i in {i for side in sides for i in side})
+    running = {line for line, n in times.items() if n >= max(_FEWEST, num_pages / 2)}
+    # Only up to the first other line: a sentence of the text may come back near every page break.
+    return [i for side in sides for i in takewhile(lambda i: short[i] in running, side)]
 
 
-def _nearby(lines: Sequence[str], start: int, step: int) -> list[int]:
+def _beside(
+    short: dict[int, str], lines: Sequence[str], mark: int, step: int, breaks: Set[int]
+) -> list[int]:
+    """Give the first lines before or after a page break, blank ones and other breaks left out."""
     found: list[int] = []
-    i = start + step
-    while 0 <= i < len(lines) and len(found) < _WINDOW_LINES and abs(i - start) < 4 * _WINDOW_LINES:
-        if lines[i].strip():
+    for i in range(mark + step, mark + 4 * _WINDOW_LINES * step, step):
+        if not 0 <= i < len(lines) or len(found) == _WINDOW_LINES:
+            break
+        if i not in breaks and lines[i].strip():
+            if i not in short:
+                break
             found.append(i)
-        i += step
     return found
 
 
@@ -194,7 +197,7 @@ def _contents(short: dict[int, str], lines: Sequence[str]) -> list[int]:
     def close() -> None:
         if len(run) >= _FEWEST:
             gone.extend(run)
-            above = [i for i in _nearby(lines, run[0], -1)[:1] if i in short]
+            above = _beside(short, lines, run[0], -1, set())[:1]
             gone.extend(i for i in above if _CONTENTS_HEADING.fullmatch(short[i]))
         run.clear()
 

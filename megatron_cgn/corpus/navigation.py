@@ -4,7 +4,7 @@ Words that a technical text may well use as a heading (Search, Index, 下载) co
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _LONGEST_MENU = 1000  # characters
 _FEWEST_ITEMS = 3  # in one line, or of lines in a row with an item each
@@ -98,8 +98,11 @@ def _is_menu(line: str) -> bool:
     first = _FIRST_WORD.search(line)
     if not first or first[0] not in _FIRST_WORDS:
         return False
-    parts = (part.strip("[]()（）【】 ") for part in _SEPARATORS.split(line))
-    items = [part for part in parts if part]
-    if len(items) < _FEWEST_ITEMS:
-        items = line.split()
-    return len(items) >= _FEWEST_ITEMS and all(map(_VOCABULARY.__contains__, items))
+    return any(
+        len(items) >= _FEWEST_ITEMS and _VOCABULARY.issuperset(items)
+        for items in (_items(_SEPARATORS.split(line)), _items(line.split()))
+    )
+
+
+def _items(parts: Iterable[str]) -> list[str]:
+    return [item for part in parts if (item := part.strip("[]()（）【】 "))]

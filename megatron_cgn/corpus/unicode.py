@@ -36,8 +36,10 @@ _INVISIBLE = (
     *((0xFFA0, 0xFFA0), (0xFFF0, 0xFFFC), (0xFFFE, 0xFFFF), (0xE0000, 0xE0FFF)),
 )
 _JOINERS = "\u200c\u200d"
-# Scripts, and emoji, in which a joiner between two characters changes what is read.
-_JOINED = re.compile("[\u0600-\u109f\u1780-\u18af\u2600-\u27bf\ufe0f\U0001f000-\U0001faff]")
+# But for scripts, and emoji, in which a joiner between two characters changes what is read.
+_JOINER = re.compile(
+    f"[{_JOINERS}](?<![\u0600-\u109f\u1780-\u18af\u2600-\u27bf\ufe0f\U0001f000-\U0001faff].)"
+)
 
 # The Symbol font as Word and PDF writers leave it in the private use area.
 _SYMBOL_FONT = {
@@ -47,7 +49,11 @@ _SYMBOL_FONT = {
     )
 } | {0xF0B0: "°", 0xF0B1: "±", 0xF0B4: "×", 0xF0B8: "÷", 0xF0A3: "≤", 0xF0B3: "≥", 0xF0B7: "•"}
 _PRIVATE = "\ue000-\uf8ff\U000f0000-\U0010ffff"
-_ASTRAL = re.compile("[\U00010000-\U0010ffff]")
+# What is replaced beyond the basic plane: italics of formulae, tags, private use.
+_ASTRAL = re.compile(
+    "[\U0001d434-\U0001d454\U0001d456-\U0001d467\U0001d6a4\U0001d6a5\U0001d6e2-\U0001d71b"
+    "\U000e0000-\U000e0fff\U000f0000-\U0010ffff]"
+)
 _PRIVATE_USE = re.compile(f"[{_PRIVATE}]")
 _PRIVATE_BULLET = re.compile(f"(?m)^([ \t]*)[{_PRIVATE}](?=[ \t])")
 
@@ -78,13 +84,13 @@ def normalise(text: str) -> tuple[str, int]:
         text, bullets = _PRIVATE_BULLET.subn(r"\1•", text)
         changed += bullets
     text, replaced = _replaced().subn(_replacement, text)
-    if _ASTRAL.search(text):
-        text, astral = _ASTRAL.subn(_replacement, text)
-        replaced += astral
+    text, astral = _ASTRAL.subn(_replacement, text)
+    text, joiners = _JOINER.subn("", text)
+    changed += replaced + astral + joiners
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         changed += 1
-    return _punctuation(text), changed + replaced
+    return _punctuation(text), changed
 
 
 def _strip_terminal(text: str) -> tuple[str, int]:
@@ -121,12 +127,8 @@ def _replacement(match: re.Match[str]) -> str:
     character = match[0]
     replacement = _mapping().get(character)
     if replacement is None:
-        if not _PRIVATE_USE.match(character):
-            return character
-        # Lost is better than silently gone: 5 µm must not become 5 m.
+        # Lost is better than silently gone: 5 μm must not become 5 m.
         return _SYMBOL_FONT.get(ord(character), "\ufffd")
-    if character in _JOINERS and match.start() and _JOINED.match(match.string, match.start() - 1):
-        return character
     return replacement
 
 
@@ -142,7 +144,8 @@ def _mapping() -> dict[str, str]:
     table |= {chr(point): " " for point in range(0x2002, 0x200B)}
     table |= {"\u2010": "-", "\u2011": "-", "\u00b5": "μ"}
     vertical = "︐︑︒︓︔︕︖︵︶﹐﹑﹒﹔﹕﹖﹗﹙﹚"
-    return table | dict(zip(vertical, "，、。：；！？（），、.；：？！（）", strict=True))
+    table |= dict(zip(vertical, "，、。：；！？（），、.；：？！（）", strict=True))
+    return {character: table[character] for character in table if character not in _JOINERS}
 
 
 def _compatibility() -> Iterator[tuple[str, str]]:
