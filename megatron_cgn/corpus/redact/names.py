@@ -44,12 +44,12 @@ _NEXT = re.compile(
     r"(?:[ ]?\([^()\n]{0,20}\))?(?:[ ]?(?:,? and |[、,;/&]|和|及|与)[ ]?(?:and )?|[ ]{1,4})?"
 )
 _SKIPPED = re.compile(rf"{MASKED}+|[^、,;:=。\n|]{{1,16}}(?=[、;])")
-_TITLE = re.compile(rf"{TITLES}|[工总](?![{HAN}])")
+_TITLE = re.compile(rf"{TITLES}|工(?![{HAN}])|总(?![{HAN}])")
 _FULL_NAME = re.compile(FULL_NAME)
-_ACTING = re.compile(
-    rf"由({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|汇报|提出|完成|组织|操作|监护|保管)|"
-    rf"(?<![{HAN}])({FULL_NAME})(?=指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达)"
+_BY = re.compile(
+    rf"由({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|汇报|提出|完成|组织|操作|监护|保管)"
 )
+_SAYS = re.compile("指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达")
 _HEADING = re.compile(
     rf"[* ]*{_ROLE}[* ]*|[* ]*(?:[A-Z][a-z]+ )?(?:[Bb]y|[Aa]uthors?|[Cc]ontact)[* ]*"
 )
@@ -151,22 +151,37 @@ def _fits_title(text: str, start: int, end: int, title: str) -> bool:
     if name[-1] in "和与及由":
         return False
     if name[0] in NOT_SURNAMES:
-        return not re.match(f"[{HAN}]", text[start - 1 : start]) and name[0] not in "由从向来"
+        return not _is_han(text[start - 1 : start]) and name[0] not in "由从向来"
     return name[0] in COMMON or _word_begins(text, start)
 
 
 def _word_begins(text: str, position: int) -> bool:
     """Whether a word begins at a position, judging by what is before it."""
     before = text[position - 1 : position]
-    return not re.match(f"[{HAN}]", before) or before in "请由与和及向对找给经让跟问是客户系"
+    return not _is_han(before) or before in "请由与和及向对找给经让跟问是客户系"
 
 
 def _acting(view: View) -> Iterator[Span]:
-    """Who does or says something, where a clause begins or after 由."""
-    for match in _ACTING.finditer(view.text):
-        name = match[1] or match[2]
-        if is_person(name) and name[0] not in NOT_SURNAMES:
-            yield name_span(view.text, match.end() - len(name), match.end())
+    """Who does something, after 由, or says something, where a clause begins."""
+    text = view.text
+    for match in _BY.finditer(text):
+        if _sure(match[1]):
+            yield name_span(text, match.start(1), match.end(1))
+    for match in _SAYS.finditer(text):
+        end = match.start()
+        for start in range(end - 2, max(end - 5, -1), -1):
+            name = text[start:end]
+            if _FULL_NAME.fullmatch(name) and _sure(name) and not _is_han(text[start - 1 : start]):
+                yield name_span(text, start, end)
+                break
+
+
+def _sure(name: str) -> bool:
+    return is_person(name) and name[0] not in NOT_SURNAMES
+
+
+def _is_han(character: str) -> bool:
+    return re.match(f"[{HAN}]", character) is not None
 
 
 def _in_tables(view: View) -> Iterator[Span]:
