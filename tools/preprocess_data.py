@@ -1,12 +1,19 @@
-r"""Turn documents into an indexed dataset for training.
+r"""Turn documents into an indexed dataset for training, and indexes into others.
 
     python tools/preprocess_data.py --input corpus.jsonl --tokenizer models/qwen3-8b \
         --output-prefix data/domain --workers 8
 
-writes ``data/domain.bin``, ``.idx`` (Megatron's format) and ``.json`` (which tokenizer made them,
-from what). Inputs: JSONL, plain or compressed with gzip or zstd; Parquet; a directory saved by
-Hugging Face `datasets`. The output does not depend on ``--workers``. While it runs,
-``data/.domain.lock`` keeps other runs from the same prefix; a killed run's stops nobody.
+writes ``data/domain.bin``, ``.idx`` (Megatron's format), ``.json`` (which tokenizer made them,
+from what) and ``.documents.parquet`` (where each document comes from: its fields ``id``,
+``source``, ``license``, ``classification`` and ``hash``). Inputs: JSONL, plain or compressed with
+gzip or zstd; Parquet; a directory saved by Hugging Face `datasets`. The output does not depend on
+``--workers``. While it runs, ``data/.domain.lock`` keeps other runs from the same prefix; a killed
+run's stops nobody. Indexes are looked into, merged and split by
+
+    python tools/preprocess_data.py info --input data/domain --tokenizer models/qwen3-8b --sample 3
+    python tools/preprocess_data.py merge --input data/a data/b --output-prefix data/both
+    python tools/preprocess_data.py split --input data/domain \
+        --output-prefix data/train data/valid --hold-out 0.01
 """
 
 import argparse
@@ -15,60 +22,94 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 from tqdm import tqdm
 
+from megatron_cgn.data.describe import Description, describe
+from megatron_cgn.data.indexed import Sidecar, check_index
 from megatron_cgn.data.preprocess import Summary, preprocess
 from megatron_cgn.data.readers import check_inputs
+from megatron_cgn.data.reindex import merge, split
 from megatron_cgn.errors import UserError
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
+_MOST_SHOWN = 10
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    arguments = _parser().parse_args()
+    command = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in _COMMANDS else "index"
+    parser, run = _COMMANDS[command]
+    arguments = parser().parse_args(sys.argv[1 if command == "index" else 2 :])
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(format="preprocess_data: %(message)s")
     _keep_memory_small()
     try:
-        with tqdm(
-            total=check_inputs(arguments.input),
-            unit="B",
-            unit_scale=True,
-            desc="indexing",
-            disable=not sys.stderr.isatty(),
-        ) as bar:
-            summary = _run(arguments, bar.update)
+        run(arguments)
     except UserError as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
         print("preprocess_data: interrupted; nothing was written.", file=sys.stderr)
         return 130
-    _print_summary(arguments.output_prefix, summary)
     return 0
 
 
-def _run(arguments: argparse.Namespace, report: Callable[[int], object]) -> Summary:
-    return preprocess(
-        arguments.input,
-        tokenizer_dir=arguments.tokenizer,
-        output_prefix=arguments.output_prefix,
-        field=arguments.field,
-        append_eod=arguments.append_eod,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-        report=report,
-    )
+def _index(arguments: argparse.Namespace) -> None:
+    with _progress("indexing", total=check_inputs(arguments.input), unit="B") as bar:
+        summary = preprocess(
+            arguments.input,
+            tokenizer_dir=arguments.tokenizer,
+            output_prefix=arguments.output_prefix,
+            field=arguments.field,
+            append_eod=arguments.append_eod,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            report=bar.update,
+        )
+    _print_summary(arguments.output_prefix, summary)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _merge(arguments: argparse.Namespace) -> None:
+    tokens = sum(check_index(prefix).tokens for prefix in arguments.input)
+    with _progress("merging", total=tokens, unit=" tokens") as bar:
+        sidecar = merge(
+            arguments.input,
+            output_prefix=arguments.output_prefix,
+            overwrite=arguments.overwrite,
+            report=bar.update,
+        )
+    _print_sizes(arguments.output_prefix, sidecar)
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    tokens = check_index(arguments.input).tokens
+    with _progress("splitting", total=tokens, unit=" tokens") as bar:
+        sidecars = split(
+            arguments.input,
+            output_prefixes=arguments.output_prefix,
+            hold_out=arguments.hold_out,
+            overwrite=arguments.overwrite,
+            report=bar.update,
+        )
+    for prefix, sidecar in zip(arguments.output_prefix, sidecars, strict=True):
+        _print_sizes(prefix, sidecar)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    if arguments.sample and not arguments.tokenizer:
+        arguments.parser.error("--sample needs --tokenizer, to turn ids into text")
+    described = describe(
+        arguments.input, tokenizer_dir=arguments.tokenizer, sample=arguments.sample
     )
+    _print_description(arguments.input, described)
+
+
+def _index_parser() -> argparse.ArgumentParser:
+    parser = _parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="F", help="what to read")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face directory")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="output, no suffix")
@@ -86,8 +127,64 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="threads that encode (default: as many as usable cores, here %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
+    _add_overwrite(parser)
     return parser
+
+
+def _merge_parser() -> argparse.ArgumentParser:
+    parser = _parser("Write the documents of several indexes, in their order, as one index.")
+    parser.add_argument("--input", nargs="+", required=True, metavar="P", help="indexes")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="output, no suffix")
+    _add_overwrite(parser)
+    return parser
+
+
+def _split_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Deal the documents of an index out to several: cut, in their order, into parts of about "
+        "as many tokens each; or, with --hold-out, held out by a hash of their ids, so that a "
+        "document stays on its side when others are added."
+    )
+    parser.add_argument("--input", required=True, metavar="P", help="index")
+    parser.add_argument(
+        "--output-prefix", nargs="+", required=True, metavar="Q", help="two outputs or more"
+    )
+    parser.add_argument(
+        "--hold-out", type=float, metavar="SHARE", help="of the documents, for the second output"
+    )
+    _add_overwrite(parser)
+    return parser
+
+
+def _info_parser() -> argparse.ArgumentParser:
+    parser = _parser("Say what an index holds.")
+    parser.add_argument("--input", required=True, metavar="P", help="index")
+    parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that made it")
+    parser.add_argument(
+        "--sample", type=_positive, default=0, metavar="N", help="documents to show, evenly spread"
+    )
+    parser.set_defaults(parser=parser)
+    return parser
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
+
+
+_COMMANDS: dict[
+    str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], None]]
+] = {
+    "index": (_index_parser, _index),
+    "merge": (_merge_parser, _merge),
+    "split": (_split_parser, _split),
+    "info": (_info_parser, _info),
+}
 
 
 def _positive(text: str) -> int:
@@ -98,6 +195,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
     return value
+
+
+def _progress(title: str, *, total: int, unit: str) -> "tqdm[Any]":
+    return tqdm(
+        total=total, unit=unit, unit_scale=True, desc=title, disable=not sys.stderr.isatty()
+    )
 
 
 def _keep_memory_small() -> None:
@@ -119,19 +222,50 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _print_summary(prefix: str, summary: Summary) -> None:
-    facts = summary.sidecar
-    seconds = max(summary.seconds, 1e-9)
-    print(f"{prefix}.bin, .idx, .json, .documents.parquet")
+def _print_sizes(prefix: str, facts: Sidecar) -> None:
+    print(f"{prefix} ({facts.dtype}, tokenizer {facts.tokenizer_name})")
     print(f"  documents        {facts.documents:>15,}")
     print(f"  tokens           {facts.tokens:>15,}")
     print(f"  bytes of text    {facts.text_bytes:>15,}")
-    print(f"  tokens per byte  {facts.tokens / facts.text_bytes:>15.4f}")
+    if facts.text_bytes:
+        print(f"  tokens per byte  {facts.tokens / facts.text_bytes:>15.4f}")
+
+
+def _print_summary(prefix: str, summary: Summary) -> None:
+    _print_sizes(prefix, summary.sidecar)
+    seconds = max(summary.seconds, 1e-9)
     if summary.empty:
         print(f"  empty, skipped   {summary.empty:>15,}")
     if summary.repaired:
         print(f"  lone surrogates  {summary.repaired:>15,} (documents in which they became U+FFFD)")
-    print(f"  seconds          {seconds:>15.1f} ({facts.text_bytes / seconds / 1e6:.1f} MB/s)")
+    speed = summary.sidecar.text_bytes / seconds / 1e6
+    print(f"  seconds          {seconds:>15.1f} ({speed:.1f} MB/s)")
+
+
+def _print_description(prefix: str, described: Description) -> None:
+    _print_sizes(prefix, described.sidecar)
+    print(f"  median document  {described.median_tokens:>15,.0f} tokens")
+    longest = f"{described.longest_tokens:>15,} tokens (document {described.longest_document})"
+    print(f"  longest document {longest}")
+    _print_counts(
+        "documents of each input", [(s.name, s.documents) for s in described.sidecar.sources]
+    )
+    for column, counter in described.counts.items():
+        known = [(name or "not said", count) for name, count in counter.most_common()]
+        _print_counts(f"documents of each {column}", known)
+    if not described.counts:
+        print("  no .documents.parquet: it does not say where its documents come from")
+    for number, text in described.sample:
+        print(f"--- document {number}\n{text}")
+
+
+def _print_counts(title: str, counts: Sequence[tuple[str, int]]) -> None:
+    print(f"  {title}")
+    for name, count in counts[:_MOST_SHOWN]:
+        print(f"    {count:>14,}  {name}")
+    if len(counts) > _MOST_SHOWN:
+        rest = sum(count for _, count in counts[_MOST_SHOWN:])
+        print(f"    {rest:>14,}  {len(counts) - _MOST_SHOWN} others")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Parsed:
     utf8: list[bytes]
     """The same in UTF-8."""
     lineage: Columns
-    """Their id, source, license, classification and hash."""
+    """What is known of each: see ``lineage.py``."""
     empty: int
     """Documents that were empty or white space alone."""
     repaired: int
@@ -123,6 +123,7 @@ def parse_block(block: Block, *, field: str) -> Parsed:
             "license": licenses,
             "classification": classifications,
             "hash": hashes,
+            "text_bytes": [len(utf8) for utf8 in encoded],
         },
         empty=empty,
         repaired=repaired,

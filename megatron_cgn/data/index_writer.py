@@ -29,7 +29,7 @@ from megatron_cgn.data.indexed import (
     SourceFile,
     token_dtype,
 )
-from megatron_cgn.data.lineage import LINEAGE_SUFFIX, Columns, LineageWriter
+from megatron_cgn.data.lineage import LINEAGE_SUFFIX, Columns, LineageWriter, is_lineage
 from megatron_cgn.data.lock import locked
 from megatron_cgn.errors import DataError
 
@@ -122,7 +122,7 @@ class IndexWriter:
                     if stream is not None:
                         stream.close()
             if self._lineage is not None:
-                self._lineage.__exit__()
+                self._lineage.abandon()
             for suffix in ALL_SUFFIXES:
                 self._temporary(suffix).unlink(missing_ok=True)
 
@@ -249,12 +249,13 @@ class IndexWriter:
             raise DataError(
                 f"{existing[0]}: exists already. Choose another --output-prefix or add --overwrite."
             )
-        sidecar = self._path(".json")
-        if sidecar in existing and not _is_sidecar(sidecar):
-            raise DataError(
-                f"{sidecar}: not the sidecar of an index, so --overwrite does not replace it. "
-                "Choose another --output-prefix, or move the file away."
-            )
+        for suffix, is_ours in ((".json", _is_sidecar), (LINEAGE_SUFFIX, is_lineage)):
+            path = self._path(suffix)
+            if path in existing and not is_ours(path):
+                raise DataError(
+                    f"{path}: not of an index, so --overwrite does not replace it. Choose another "
+                    "--output-prefix, or move the file away."
+                )
 
     def _remove_stale(self, folder: Path) -> None:
         """Remove what killed runs left; whoever holds the lock is the only one running."""

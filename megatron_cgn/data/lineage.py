@@ -4,11 +4,12 @@ Row *i* is document *i*. Reading, searching and writing the file live here; what
 of itself is taken from it in ``documents.py``. Nothing here holds a whole file in memory.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from megatron_cgn.errors import DataError
 
@@ -16,13 +17,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LINEAGE_SUFFIX = ".documents.parquet"
-COLUMNS = ("id", "source", "license", "classification", "hash")
-"""Columns, all texts. ``id`` and ``hash`` are never null."""
+COLUMNS = ("id", "source", "license", "classification", "hash", "text_bytes")
+"""Columns: texts, of which ``id`` and ``hash`` are never null, and the UTF-8 bytes of the text."""
 _REPEATED = ("source", "license", "classification")  # dictionary-coded in the file
-_GROUP_ROWS = 1 << 16
-_GROUP_BYTES = 16 << 20  # a row group is written when it has so many rows or so much text
+_GROUP_ROWS = 1 << 14  # rows written, and held, at a time
 
-Columns = dict[str, list[str | None]]
+Columns = dict[str, list[Any]]
 """Values of `COLUMNS`, of the same documents."""
 
 
@@ -35,7 +35,8 @@ def lineage_schema() -> "pa.Schema":
     """Schema of the file."""
     import pyarrow as pa
 
-    return pa.schema([pa.field(n, pa.string(), nullable=n not in ("id", "hash")) for n in COLUMNS])
+    texts = [pa.field(name, pa.string(), nullable=name in _REPEATED) for name in COLUMNS[:-1]]
+    return pa.schema([*texts, pa.field("text_bytes", pa.int64(), nullable=False)])
 
 
 class LineageWriter:
@@ -59,7 +60,7 @@ class LineageWriter:
             self._stream, self._schema, use_dictionary=list(_REPEATED), compression="zstd"
         )
         self._waiting: list[pa.RecordBatch] = []
-        self._rows = self._bytes = 0
+        self._rows = 0
 
     def add(self, columns: Columns) -> None:
         """Append documents.
@@ -79,26 +80,20 @@ class LineageWriter:
         """Append the documents of a batch that `read_lineage` gave: as `add`."""
         self._waiting.append(batch)
         self._rows += batch.num_rows
-        self._bytes += batch.nbytes
-        if self._rows >= _GROUP_ROWS or self._bytes >= _GROUP_BYTES:
+        if self._rows >= _GROUP_ROWS:
             self._flush()
 
-    def _flush(self) -> None:
+    def _flush(self, *, all_rows: bool = False) -> None:
+        """Write full row groups: how the rows came must not show in the file."""
         import pyarrow as pa
 
-        # One chunk a column: where the groups are cut must not depend on how the rows came.
         table = pa.Table.from_batches(self._waiting, schema=self._schema).combine_chunks()
-        start = 0
-        while table.num_rows - start >= _GROUP_ROWS:
-            self._writer.write_table(table.slice(start, _GROUP_ROWS), row_group_size=_GROUP_ROWS)
-            start += _GROUP_ROWS
-        rest = table.slice(start)
-        if start == 0 and self._bytes >= _GROUP_BYTES:
-            self._writer.write_table(rest, row_group_size=_GROUP_ROWS)
-            rest = rest.slice(rest.num_rows)
-        self._waiting = rest.combine_chunks().to_batches()
-        self._rows = rest.num_rows
-        self._bytes = sum(batch.nbytes for batch in self._waiting)
+        end = self._rows if all_rows else self._rows - self._rows % _GROUP_ROWS
+        for start in range(0, end, _GROUP_ROWS):
+            group = table.slice(start, min(_GROUP_ROWS, end - start))
+            self._writer.write_table(group, row_group_size=_GROUP_ROWS)
+        self._waiting = table.slice(end).to_batches()
+        self._rows -= end
 
     def finish(self) -> str:
         """Write what is left, make the file durable and close it.
@@ -109,11 +104,7 @@ class LineageWriter:
         Raises:
             OSError: If the disk refuses.
         """
-        import pyarrow as pa
-
-        if self._rows:
-            table = pa.Table.from_batches(self._waiting, schema=self._schema).combine_chunks()
-            self._writer.write_table(table, row_group_size=_GROUP_ROWS)
+        self._flush(all_rows=True)
         self._writer.close()
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -121,31 +112,30 @@ class LineageWriter:
         return _file_digest(self._path)
 
     def abandon(self) -> None:
-        """Close the file as it is; whoever made the writer removes it."""
+        """Close the file as it is, unless `finish` has; whoever made the writer removes it."""
+        if self._stream.closed:
+            return
         self._waiting = []
-        try:
+        with contextlib.suppress(OSError):  # a full disk refuses the footer as well
             self._writer.close()
-        except OSError:
-            pass  # a full disk refuses the footer as well
-        finally:
-            try:
-                self._stream.close()
-            except OSError:
-                pass
-
-    def __enter__(self) -> Self:
-        """Give the writer itself."""
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        """Close the file if `finish` has not."""
-        if not self._stream.closed:
-            self.abandon()
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 def _file_digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def is_lineage(path: Path) -> bool:
+    """Say whether a file has exactly the columns of ours: others are never written over."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return tuple(pq.read_schema(path).names) == COLUMNS
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def has_lineage(prefix: str | Path) -> bool:
@@ -154,7 +144,7 @@ def has_lineage(prefix: str | Path) -> bool:
 
 
 def read_lineage(
-    prefix: str | Path, *, columns: Sequence[str] = COLUMNS, batch_rows: int = _GROUP_ROWS
+    prefix: str | Path, *, columns: Sequence[str] = COLUMNS, batch_rows: int = 1 << 14
 ) -> Iterator["pa.RecordBatch"]:
     """Read the file in document order.
 

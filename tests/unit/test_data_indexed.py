@@ -223,7 +223,7 @@ def test_token_type_is_megatrons() -> None:
 
 def test_overwriting_replaces_indices_alone(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('[{"text": "a corpus"}]')
-    with pytest.raises(DataError, match=r"p\.json: not the sidecar of an index"):
+    with pytest.raises(DataError, match=r"p\.json: not of an index"):
         write_index(tmp_path / "p", [[1]], overwrite=True)
     assert (tmp_path / "p.json").read_text() == '[{"text": "a corpus"}]'
     assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
