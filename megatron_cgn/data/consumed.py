@@ -85,7 +85,7 @@ def documents_consumed(
 ) -> Iterator[ConsumedFile]:
     """Say of every index which documents were consumed.
 
-    Takes the time and memory of drawing an epoch's order: about 50 bytes a document of one index
+    Takes the time and memory of drawing an epoch's order: about 60 bytes a document of one index
     at a time.
 
     Args:
@@ -151,14 +151,13 @@ def tokens_consumed(order: ReadingOrder, lengths: npt.NDArray[np.int32], *, samp
             before = _last_window(order, number)
             continue
         block = order.build(number, lengths)
-        ends = np.cumsum(lengths[block.documents], dtype=np.int64)
-        begins = ends - lengths[block.documents]
+        bounds = np.zeros(len(block.documents) + 1, dtype=np.int64)
+        np.cumsum(lengths[block.documents], out=bounds[1:])
         starts = block.starts[: min(samples, end) - first]
-        windows = begins[starts[:, 0]] + starts[:, 1] + 1  # the first label of each
+        windows = bounds[starts[:, 0]] + starts[:, 1] + 1  # the first label of each
         windows.sort()
         windows = np.concatenate([before, windows])
-        covered = _covered(windows, ends, order) - _covered(windows, begins, order)
-        np.add.at(totals, block.documents, covered)
+        np.add.at(totals, block.documents, np.diff(_covered(windows, bounds, order)))
         before = windows[-1:] - order.block_tokens
     return totals
 
