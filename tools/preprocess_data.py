@@ -46,6 +46,7 @@ def main() -> int:
     arguments = parser().parse_args(sys.argv[1 if command == "index" else 2 :])
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(format="preprocess_data: %(message)s")
+    logging.getLogger("megatron_cgn").setLevel(logging.INFO)
     _keep_memory_small()
     try:
         run(arguments)

@@ -79,7 +79,7 @@ class OriginalEncoder:
 
 
 def choose(tokenizer: Tokenizer, *, threads: int) -> BatchEncoder:
-    """Give the fastest encoder that does this tokenizer; says why when it is the slow one.
+    """Give the fastest encoder that does this tokenizer; logs why when it is the slow one.
 
     Args:
         tokenizer: The tokenizer.
@@ -94,7 +94,7 @@ def choose(tokenizer: Tokenizer, *, threads: int) -> BatchEncoder:
         reason = "gigatoken is not installed: pip install 'megatron-cgn[fast]'"
     except NotEqual as error:
         reason = f"gigatoken does not do {tokenizer.name}: {error}"
-    log.warning("Encoding with Hugging Face's tokenizers, about ten times slower. (%s)", reason)
+    log.info("Encoding with Hugging Face's tokenizers, about ten times slower. (%s)", reason)
     return OriginalEncoder(tokenizer)
 
 

@@ -88,7 +88,7 @@ def preprocess(
     )
     if not all(Path(path).is_file() or Path(path).is_dir() for path in inputs):
         # Were the fast encoder found wrong in the middle, a pipe could not be read again.
-        log.warning("An input is a pipe: encoding it the slow way. Give a file to be faster.")
+        log.info("An input is a pipe: encoding it the slow way. Give a file to be faster.")
         return run(OriginalEncoder(tokenizer), started=started)
     try:
         return run(choose(tokenizer, threads=workers), started=started)

@@ -174,6 +174,31 @@ def test_a_termination_removes_what_was_begun(
     assert list(out.iterdir()) == []
 
 
+def test_a_kill_leaves_nothing_that_is_taken_for_an_index(
+    tmp_path: Path, tokenizer_dir: Path, corpus: Path
+) -> None:
+    pipe, out = tmp_path / "slow.jsonl", tmp_path / "out"
+    os.mkfifo(pipe)
+    arguments = ["--tokenizer", tokenizer_dir, "--output-prefix", out / "p", "--workers", 2]
+    command = [*COMMAND, "--input", str(pipe), *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    with pipe.open("w") as stream:
+        stream.write((json.dumps({"text": TEXTS[0]}) + "\n") * 40_000)
+        stream.flush()
+        deadline = time.monotonic() + 60
+        while not list(out.glob("p.documents.parquet.tmp-*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    assert all(".tmp-" in path.name or path.name == ".p.lock" for path in out.iterdir())
+    with pytest.raises(DataError, match="there is no such file"):
+        check_index(out / "p")
+    result = run("--input", corpus, "--field", "body", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == sorted(f"p{s}" for s in ALL_SUFFIXES)
+
+
 def test_help_shows_an_example() -> None:
     result = run("--help")
     assert result.returncode == 0
