@@ -31,11 +31,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_cgn.config.corpus import CorpusConfig
-from megatron_cgn.config.load import load_corpus_config
 from megatron_cgn.corpus.pipeline import prepare_corpus
 from megatron_cgn.corpus.sources import Source
-from megatron_cgn.corpus.trace import trace_document
-from megatron_cgn.data.trace import trace_checkpoint
 from megatron_cgn.errors import ConfigError, UserError
 
 _OVERRIDE = re.compile(r"[a-z_]+\.[\w.]+=")
@@ -109,6 +106,10 @@ def _trace(words: Sequence[str]) -> int:
         "--output", type=Path, metavar="F", help="with --checkpoint: list its documents there"
     )
     arguments = parser.parse_args(words)
+    # Here, because every worker imports this file too, and these take long.
+    from megatron_cgn.corpus.trace import trace_document
+    from megatron_cgn.data.trace import trace_checkpoint
+
     if arguments.document is None:
         lines = trace_checkpoint(
             arguments.checkpoint, output=arguments.output, directories=arguments.places
@@ -204,6 +205,8 @@ def _settings(arguments: argparse.Namespace, overrides: list[str]) -> CorpusConf
     for word in overrides:
         if (key := word.partition("=")[0]) in given:
             raise ConfigError(f"{key}: is given twice, as an option and as {word}. Give it once.")
+    from megatron_cgn.config.load import load_corpus_config  # not in workers: it takes long
+
     return load_corpus_config(overrides, file=arguments.config, values=given)
 
 

@@ -78,8 +78,9 @@ def _finished(done: Future[Any]) -> bool:
 
 def _start(make_worker: Callable[[], Callable[[Any], Any]]) -> None:
     global _worker
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process's to answer
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C is the main process's to answer. SIGTERM ends this one, which is how the pool ends its
+    # processes when one of them was killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _worker = make_worker()

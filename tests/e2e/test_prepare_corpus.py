@@ -1,0 +1,228 @@
+"""``tools/prepare_corpus.py`` as users run it: bad input, kills, full disks, two at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+from corpus_samples import read_shards, record, tree, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "prepare_corpus.py"
+# Parts of a few documents, so that there are many moments to be killed at.
+SMALL = ("read.part_mib=0.02", "split.validation_fraction=0.1")
+
+
+def _command(*words: str | Path) -> list[str]:
+    return [sys.executable, str(TOOL), *map(str, words)]
+
+
+def _start(*words: str | Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        _command(*words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=ROOT,
+    )
+
+
+def _run(*words: str | Path, code: int = 0) -> str:
+    """Run to the end; returns what a user reads, of standard error if something was wrong."""
+    done = subprocess.run(_command(*words), capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr if code else done.stdout
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty files of ten documents."""
+    folder = tmp_path_factory.mktemp("in")
+    for number in range(30):
+        rows = [
+            {"id": f"{number}-{row}", "text": record(number * 10 + row) * 2} for row in range(10)
+        ]
+        write_jsonl(folder / f"{number:02d}.jsonl", rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The output of a run that nothing disturbed, in one process."""
+    output = tmp_path_factory.mktemp("out") / "corpus"
+    _run("--input", f"domain={inputs}", "--output", output, "--workers", "1", *SMALL)
+    return tree(output)
+
+
+def test_killed_at_any_moment(inputs: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    """Main process and workers are killed again and again; each time the same command follows."""
+    output, moments = tmp_path / "corpus", random.Random(0)
+    words = ("--input", f"domain={inputs}", "--output", output, "--workers", "2", *SMALL)
+    kills = 0
+    while not (output / "manifest.json").exists():
+        run = _start(*words)
+        # Counted in what is done rather than in seconds: so it comes as far on a slow machine.
+        goal, deadline = _num_results(output) + moments.randrange(4, 30), time.monotonic() + 60
+        while run.poll() is None and _num_results(output) < goal and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            kills += 1
+        run.wait()
+        run.communicate()
+    assert kills >= 2
+    if (output / ".work").exists():
+        _run(*words)
+    assert tree(output) == expected
+
+
+def _num_results(output: Path) -> int:
+    return sum(1 for _ in (output / ".work").rglob("tally.json"))
+
+
+def test_a_termination_and_a_killed_worker_are_told(
+    inputs: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "corpus"
+    words = ("--input", f"domain={inputs}", "--output", output, "--workers", "2", *SMALL)
+    run = _started(words, output, results=1)
+    run.send_signal(signal.SIGTERM)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 130, stderr
+    assert "goes on where it stopped" in stderr and "Traceback" not in stderr
+
+    run = _started(words, output, results=_num_results(output) + 1)
+    os.kill(_workers(run.pid)[0], signal.SIGKILL)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 2, stderr
+    assert "a worker process was killed" in stderr and "Traceback" not in stderr
+
+    assert not (output / "manifest.json").exists()
+    _run(*words)
+    assert tree(output) == expected
+
+
+def _started(
+    words: tuple[str | Path, ...], output: Path, *, results: int
+) -> "subprocess.Popen[str]":
+    """A run that has come so far."""
+    run = _start(*words)
+    while _num_results(output) < results:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.002)
+    return run
+
+
+def _workers(parent: int) -> list[int]:
+    """Children that a pool spawned."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
+
+
+def test_two_runs_on_one_output(inputs: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
+    output = tmp_path / "corpus"
+    words = ("--input", f"domain={inputs}", "--output", output, "--workers", "1", *SMALL)
+    run = _start(*words)
+    while not (output / ".work").exists() and run.poll() is None:
+        time.sleep(0.002)
+    assert "another run is writing" in _run(*words, code=2)
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 0, stderr
+    assert tree(output) == expected
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, where mounting one is allowed."""
+    target = tmp_path / "disk"
+    target.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(target)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield target
+    subprocess.run(["umount", str(target)], check=True)
+
+
+def test_a_full_disk(inputs: Path, expected: dict[str, bytes], small_disk: Path) -> None:
+    """Told without a traceback, however little room there is; with room the run goes on."""
+    words = ("--input", f"domain={inputs}", "--output", small_disk / "corpus", "--workers", "1")
+    filler = small_disk / "filler"
+    for free_kib in (0, 40, 400):
+        filler.write_bytes(bytes(0))
+        room = os.statvfs(small_disk)
+        filler.write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - free_kib * 1024)))
+        message = _run(*words, *SMALL, code=2)
+        told = [line for line in message.splitlines() if "going on" not in line]
+        assert len(told) == 1 and "No space left on device" in told[0], message
+        assert not (small_disk / "corpus" / "manifest.json").exists()
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    _run(*words, *SMALL)
+    assert tree(small_disk / "corpus") == expected
+
+
+BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "unknown setting": (["clean.min_charcters=5"], ("clean.min_charcters", "clean.min_characters")),
+    "unknown group": (["cleaning.min_characters=5"], ("cleaning", "did you mean clean?")),
+    "wrong type": (["clean.min_characters=many"], ("clean.min_characters", "many")),
+    "faulty setting": (["split.validation_fraction=2"], ("split.validation_fraction: 2",)),
+    "missing config": (["--config", "nothing.yaml"], ("nothing.yaml",)),
+    "twice": (["--field", "body", "read.field=text"], ("read.field", "given twice")),
+    "no setting": (["clean"], ("clean",)),
+    "no such source": (["--license", "web=MIT"], ("--license web=MIT", "domain")),
+    "wrong field": (["--field", "body"], ("no field 'body'", "'text'", "30")),
+    "bad limit": (["--max-bad-lines", "few"], ("read.max_bad", "few")),
+    "no earlier corpus": (["--against", "/nowhere"], ("/nowhere",)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_user_can_get_wrong(inputs: Path, tmp_path: Path, name: str) -> None:
+    more, texts = BAD[name]
+    message = _run("--output", tmp_path / "corpus", *more, "--input", inputs, code=2)
+    assert message.startswith("prepare_corpus: ")
+    for text in texts:
+        assert text in message, message
+
+
+def test_options_settings_and_trace(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", [{"body": record(1)}, "{broken", {"body": record(1)}])
+    (tmp_path / "in" / "规程.txt").write_bytes(record(2).encode("gb18030"))
+    (tmp_path / "settings.yaml").write_text("split:\n  validation_fraction: 0\nclean:\n")
+    output = tmp_path / "corpus"
+    summary = _run(
+        *("--input", f"domain={tmp_path / 'in'}", "deduplicate.near=false", "--output", output),
+        *("--field", "body", "--max-bad-lines", "1", "--config", tmp_path / "settings.yaml"),
+        *("--license", "domain=MIT", "--classification", "内部", "--workers", "1"),
+    )
+    assert "read/broken_line" in summary and "duplicate/exact" in summary
+    lines = {line["id"]: line for line in read_shards(output / "train")}
+    assert lines["domain/规程.txt"]["text"] == record(2)
+    assert {(line["license"], line["classification"]) for line in lines.values()} == {
+        ("MIT", "内部")
+    }
+    settings = json.loads((output / "manifest.json").read_text())["settings"]
+    assert settings["deduplicate"]["near"] is False
+    assert settings["split"]["validation_fraction"] == 0
+
+    kept = _run("trace", "--document", "domain/规程.txt", "--in", output)
+    assert "train/domain-00000.jsonl.zst, row 1" in kept
+    dropped = _run("trace", "--document", "domain/a.jsonl#3", "--in", output)
+    assert "duplicate/exact" in dropped and "domain/a.jsonl#1" in dropped
+    broken = _run("trace", "--document", "domain/a.jsonl#2", "--in", output)
+    assert "read/broken_line" in broken
+    assert "nothing/here" in _run("trace", "--document", "nothing/here", "--in", output, code=2)
