@@ -77,31 +77,41 @@ def describe(blend: Blend) -> Iterator[str]:
         too often.
     """
     account = account_of(blend)
-    rows: list[tuple[str, ...]] = [("mix", "share", "sequences", "tokens", "epochs", "held out")]
-    held_out = {source.name: source.held_out_tokens for source in blend.sources}
-    for number, phase in enumerate(account["phases"], 1):
-        if len(account["phases"]) > 1:
-            steps = f"steps {phase['first_step']:,}-{phase['last_step']:,}"
-            rows.append((f"phase {number}: {steps}", "", "", "", "", ""))
-        for source in phase["sources"]:
-            rows.append((source["name"], *_cells(source), f"{held_out[source['name']]:,}"))
-            if len(source["files"]) > 1:
-                rows += [(f"  {f['path']}", *_cells(f), "") for f in source["files"]]
-    read = {source["name"]: source["epochs"] for source in account["sources"]}
-    trained = {name for phase in blend.phases for name in phase.shares}
-    rows += [
-        (name, "0.0%", "0", "0", "0.00", f"{tokens:,}")
-        for name, tokens in held_out.items()
-        if name not in trained
-    ]
-    yield "\n".join(_aligned(rows))
-    for name, epochs in read.items():
-        if epochs > MANY_EPOCHS:
+    yield "\n".join(_aligned(_rows(blend, account)))
+    for source in account["sources"]:
+        if source["epochs"] > MANY_EPOCHS:
             yield (
-                f"warning: the source {name!r} is read {epochs:.1f} times; beyond about "
-                f"{MANY_EPOCHS} passes repeated text teaches little. Give it more documents or a "
-                "smaller share."
+                f"warning: the source {source['name']!r} is read {source['epochs']:.1f} times; "
+                f"beyond about {MANY_EPOCHS} passes repeated text teaches little. Give it more "
+                "documents or a smaller share."
             )
+
+
+def _rows(blend: Blend, account: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The table: phases, all phases together, and what is only held out."""
+    rows: list[tuple[str, ...]] = [("mix", "share", "sequences", "tokens", "epochs", "held out")]
+    held_out = {source.name: f"{source.held_out_tokens:,}" for source in blend.sources}
+    phases = account["phases"]
+    for number, phase in enumerate(phases, 1):
+        if len(phases) > 1:
+            rows.append(_heading(f"phase {number}", phase["first_step"], phase["last_step"]))
+        for source in phase["sources"]:
+            rows.append((source["name"], *_cells(source), held_out[source["name"]]))
+            if len(source["files"]) > 1:
+                rows += [(f"  {file['path']}", *_cells(file), "") for file in source["files"]]
+    if len(phases) > 1:
+        rows.append(_heading("all phases", 1, phases[-1]["last_step"]))
+    trained = {name for phase in blend.phases for name in phase.shares}
+    for source in account["sources"]:
+        if len(phases) > 1 or source["name"] not in trained:
+            share = source["sequences"] / blend.sequences
+            cells = _cells({**source, "share": share})
+            rows.append((source["name"], *cells, held_out[source["name"]]))
+    return rows
+
+
+def _heading(text: str, first_step: int, last_step: int) -> tuple[str, ...]:
+    return (f"{text}: steps {first_step:,}-{last_step:,}", *[""] * 5)
 
 
 def _by_source(

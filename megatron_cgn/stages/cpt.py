@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cgn.batch import TokenBatch
+from megatron_cgn.config.data_rules import DOMAIN
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.config.validate import validate_steps
 from megatron_cgn.data.account import ACCOUNT_FILE, account_of, describe, write_account
@@ -113,7 +114,7 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         tokens_per_step=run.train.global_batch_size * run.data.seq_length,
         resumed_from=resumed,
     )
-    messages = [common.describe_engine(engine), *describe(data.blend)]
+    messages = [common.describe_engine(engine), *_describe_epochs(engine), *describe(data.blend)]
     if resumed is not None:
         messages += _describe_change(engine, data.blend, read_info(resumed).fit)
     for callback, message in itertools.product(callbacks, messages):
@@ -161,6 +162,19 @@ def _write_plan(run: RunConfig, blend: Blend) -> None:
             f"output_dir: {run.output_dir}/{ACCOUNT_FILE} cannot be written ({first}). Free space, "
             "or choose another directory."
         )
+
+
+def _describe_epochs(engine: Engine) -> Iterator[str]:
+    """Say how many steps ``train.epochs`` makes."""
+    run = engine.run
+    if run.train.epochs is None:
+        return
+    mixed = run.data.mix is not None or run.data.phases
+    name = repr(run.data.epochs_of or DOMAIN) if mixed else "all sources together"
+    yield (
+        f"train.epochs={run.train.epochs:g} of {name}: {engine.total_steps:,} whole steps of "
+        f"{run.train.global_batch_size:,} sequences"
+    )
 
 
 def _describe_change(engine: Engine, blend: Blend, fit: Mapping[str, Any]) -> Iterator[str]:

@@ -117,4 +117,6 @@ def test_epochs_of_the_domain_decide_the_length(
     limit = (domain["files"][0]["tokens_per_epoch"] // 2 - 1) // 32
     assert limit - 4 < domain["sequences"] <= limit
     assert abs(general["sequences"] - domain["sequences"] / 4) <= 1
-    assert len(_losses(output)) == (domain["sequences"] + general["sequences"]) // 4
+    steps = (domain["sequences"] + general["sequences"]) // 4
+    assert len(_losses(output)) == steps
+    assert f"train.epochs=0.5 of 'domain': {steps} whole steps of 4 sequences" in ended.stderr

@@ -412,16 +412,20 @@ def test_the_plan_is_told_as_a_table_with_a_warning() -> None:
     )
     (table,) = describe(blend)
     assert table.splitlines() == [
-        "mix                    share  sequences  tokens  epochs  held out",
+        "mix                      share  sequences  tokens  epochs  held out",
         "phase 1: steps 1-90",
-        "domain                 80.0%        288   2,880    2.87         0",
-        "general                20.0%         72     720    0.90         0",
-        "  general0             12.5%         45     450    0.90",
-        "  general1              7.5%         27     270    0.90",
+        "domain                   80.0%        288   2,880    2.87         0",
+        "general                  20.0%         72     720    0.90         0",
+        "  general0               12.5%         45     450    0.90",
+        "  general1                7.5%         27     270    0.90",
         "phase 2: steps 91-100",
-        "domain                 20.0%          8      80    0.08         0",
-        "code                   80.0%         32     320    3.56         0",
-        "核电                    0.0%          0       0    0.00        90",
+        "domain                   20.0%          8      80    0.08         0",
+        "code                     80.0%         32     320    3.56         0",
+        "all phases: steps 1-100",
+        "domain                   74.0%        296   2,960    2.95         0",
+        "general                  18.0%         72     720    0.90         0",
+        "code                      8.0%         32     320    3.56         0",
+        "核电                      0.0%          0       0    0.00        90",
     ]
     empty = replace(source("held", 0), validation=CODE.training)
     (table,) = describe(plan(DOMAIN, empty, iters=1, mix={"domain": 1}, validation_fraction=0.9))
