@@ -39,14 +39,17 @@ DEVELOPMENT = (
     "编制：{name}    校核：{name}    审核：{name}    批准：{name}",
     "编制：{spaced_name}  审核：{spaced_name}  批准：{not_name}",
     "编制：{department}　审核：{not_name}　批准：{not_name}",
-    "缺陷描述：{tag} 出口压力 {setpoint}，低于定值 {setpoint}。报告人：{name}（{department}），手机{mobile}。",
+    "缺陷描述：{tag} 出口压力 {setpoint}，低于定值 {setpoint}。"
+    "报告人：{name}（{department}），手机{mobile}。",
     "经{department}审核批准后方可执行，负责编制安全措施的单位应在{date}前完成。",
     "{order}\n设备 {tag}，图号 {part}，执行标准 {book}。",
     "值班电话{phone}，值长{name}，传真：{phone}；夜间请拨{mobile}。",
     "内线电话：{local_phone}，应急热线 {phone}。",
     # Contact sheets.
-    "| 姓名 | 部门 | 手机 | 邮箱 |\n|---|---|---|---|\n| {name} | {department} | {mobile} | {email} |\n"
-    "| {name} | {department} | {mobile} | {email} |\n| {name} | {department} | {mobile} | {email} |",
+    "| 姓名 | 部门 | 手机 | 邮箱 |\n|---|---|---|---|\n"
+    "| {name} | {department} | {mobile} | {email} |\n"
+    "| {name} | {department} | {mobile} | {email} |\n"
+    "| {name} | {department} | {mobile} | {email} |",
     "序号\t姓名\t身份证号\t电话\n1\t{name}\t{id_card}\t{mobile}\n2\t{name}\t{id_card}\t{mobile}",
     "联系人：{name}\n电话：{phone}\n手机：{mobile}\n邮箱：{email}\n车牌：{plate}",
     "{name}先生，{department}，Tel:{mobile}，E-mail:{email}",
@@ -101,7 +104,8 @@ FINAL = (
     "验收结论：{not_name}。验收人：{name}，{date}；监理单位联系人{name}，{phone}。",
     "辐射防护培训签到表\n姓名\t单位\t身份证号码\t联系电话\n{name}\t{department}\t{id_card}\t{mobile}\n"
     "{name}\t{department}\t{id_card}\t{mobile}\n{name}\t{department}\t{id_card}\t{mobile}",
-    "| 角色 | 姓名 | 邮件 | 座机 |\n| --- | --- | --- | --- |\n| 业主代表 | {name} | {email} | {phone} |\n"
+    "| 角色 | 姓名 | 邮件 | 座机 |\n| --- | --- | --- | --- |\n"
+    "| 业主代表 | {name} | {email} | {phone} |\n"
     "| 监理 | {name} | {email} | {phone} |",
     "个人剂量计领用：{name}（{id_card}），归还{date}，剂量 {setpoint}",
     "持证人公民身份号码为{id_card}；原号码（一代证）身份证 {old_id_card}。",
@@ -110,7 +114,8 @@ FINAL = (
     "司机{name}，车牌号{plate}，手机：{mobile}，拟于{date}运送 {part} 进厂。",
     "停车场登记：{plate}、{plate}；内部电话 {local_phone}。",
     "风电场升压站钥匙由{name}保管，有事致电{mobile}或{phone}。",
-    "卖方：{company}（信用代码 {credit_code}）；收款账户：{bank_card}；财务电话：{phone}；邮箱 {email}",
+    "卖方：{company}（信用代码 {credit_code}）；收款账户：{bank_card}；"
+    "财务电话：{phone}；邮箱 {email}",
     "发票抬头：{company}，税号 {credit_code}，开户行及账号：工商银行 {bank_card}",
     "质保金退还至银行卡{bank_card}，户名{name}。",
     "投标人 {company}，{credit_code}，授权代表：{name}（身份证{id_card}）。",
