@@ -8,6 +8,7 @@
         checkpoint.json               what it is: step, position, model, files and their sizes
         dist/                         Megatron's torch_dist format: weights, optimizer, RNG
         hf/                           config.json and tokenizer, so that it can be exported
+        blend.json                    what it has consumed, where the stage keeps account
 
 A checkpoint is written to ``step_….partial`` and renamed, and an old one is renamed to
 ``step_….partial`` before it is deleted, so a kill leaves every ``step_…`` whole. Reading and

@@ -68,7 +68,9 @@ class World:
 
     def build_from(self, data: DataConfig, sequences: int, *, seed: int = 1) -> PretrainingData:
         train = TrainConfig(train_iters=sequences, global_batch_size=1)
-        run = RunConfig(data=data, train=train, seed=seed)
+        return self.build_run(RunConfig(data=data, train=train, seed=seed))
+
+    def build_run(self, run: RunConfig) -> PretrainingData:
         return build_pretraining_data(
             plan_pretraining(run, tokenizer=self.tokenizer),
             eod_id=self.tokenizer.eod_id,
@@ -159,6 +161,33 @@ def test_held_out_documents_are_never_trained_on(world: World) -> None:
         assert not trained & set(held_out)
         rest = {t for document in world.documents[name][:-count] for t in document}
         assert len(rest - trained) < SEQ + 1  # several epochs: all but a tail was trained on
+
+
+def test_two_epochs_of_the_domain_read_every_token_of_it_twice(world: World) -> None:
+    """Up to the last window, and for each file apart, whatever else is in the mix."""
+    for files in (("a",), ("a", "c")):
+        configs = tuple(FileConfig(path=str(world.folder / name)) for name in files)
+        data = DataConfig(
+            sources=(
+                SourceConfig(name="domain", files=configs),
+                SourceConfig(name="general", path=str(world.folder / "b")),
+            ),
+            mix={"domain": 0.8, "general": 0.2},
+            seq_length=SEQ,
+        )
+        run = RunConfig(data=data, train=TrainConfig(epochs=2, global_batch_size=1), seed=1)
+        found = world.build_run(run)
+        labels = torch.cat([found.train[i]["labels"] for i in range(len(found.train))])
+        counts = Counter(labels.tolist())
+        for name in files:
+            seen = [counts[token] for token in world.tokens(name)]
+            # A file's count is a whole number of windows, at most one from its two epochs.
+            assert abs(2 * len(seen) - sum(seen)) <= 2 * SEQ
+            assert sum(number != 2 for number in seen) <= 2 * SEQ
+        domain = sum(counts[token] for name in files for token in world.tokens(name))
+        tokens = sum(len(world.tokens(name)) for name in files)
+        assert domain == (2 * tokens - 1) // SEQ * SEQ
+        assert len(labels) - domain == pytest.approx(domain / 4, abs=SEQ)
 
 
 def test_a_longer_run_begins_as_the_shorter_one(world: World) -> None:
