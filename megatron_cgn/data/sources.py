@@ -4,7 +4,7 @@ Checks indices and divides them; how much of them a run reads is `blend.py`'s.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -87,9 +87,27 @@ def check_sources(
             )
         except UserError as error:
             faults.append(f"data.sources[{source.name}]: {error}")
+    faults += _copies(sources)
     if faults:
         raise DataError("\n".join(faults))
     return tuple(sources)
+
+
+def _copies(sources: Sequence[Source]) -> Iterator[str]:
+    """Find documents that are given twice under different names, held-out ones above all."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        prefixes = {
+            documents.index.prefix: documents.index.sidecar.digest
+            for documents in (*source.training, *source.validation)
+        }
+        for prefix, digest in prefixes.items():
+            if digest in seen:
+                yield (
+                    f"data.sources[{source.name}]: {prefix} holds exactly the documents of "
+                    f"{seen[digest]}. Give them once: to train on, or held out."
+                )
+            seen[digest] = prefix
 
 
 def mixes_of(data: DataConfig) -> list[Mapping[str, Fraction]]:

@@ -1,5 +1,6 @@
 """Division of sources, and every contradiction in the settings."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -89,6 +90,24 @@ def test_all_faulty_sources_are_named_at_once(tmp_path: Path, ten: str) -> None:
     assert "data.sources[gone]: " in message and "absent.bin: there is no such file" in message
     assert "data.sources[foreign]: " in message and "another tokenizer" in message
     assert "good" not in message
+
+
+def test_copies_of_an_index_are_refused(tmp_path: Path, ten: str, three: str) -> None:
+    """Above all a held-out pair that is a copy of what is trained on."""
+    copy = write_index(tmp_path / "copy", numbered_documents(range(1, 11)))
+    a, b = SourceConfig(name="a", path=ten), SourceConfig(name="b", path=three)
+    check_sources(config(a, b, fraction=0.1))
+    for sources in (
+        (SourceConfig(name="a", path=ten, validation_path=copy),),
+        (b, SourceConfig(name="a", files=(FileConfig(path=ten), FileConfig(path=copy)))),
+        (a, SourceConfig(name="a2", path=copy)),
+        (
+            SourceConfig(name="b", path=three, validation_path=ten),
+            SourceConfig(name="a", path=copy),
+        ),
+    ):
+        with pytest.raises(DataError, match=r"data.sources\[a2?\]: .* exactly the documents of .*"):
+            check_sources(config(*sources))
 
 
 def test_settings_that_contradict_each_other(ten: str, three: str) -> None:
