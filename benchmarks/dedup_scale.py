@@ -85,7 +85,7 @@ def main() -> None:
         save_signatures(args.directory, parts, num_documents=args.documents, parameters=parameters)
         return
     stop, anonymous_mib = threading.Event(), [0.0]
-    watch = threading.Thread(target=watch_memory, args=(stop, anonymous_mib))
+    watch = threading.Thread(target=watch_memory, args=(stop, anonymous_mib), daemon=True)
     watch.start()
     started = time.perf_counter()
     signatures = load_signatures(args.directory, parameters=parameters)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 Edit = Callable[[str, float, random.Random, Sequence[str]], str]
 Similarity = Callable[[str, str], float]
 
+TOLERANCE = 0.015
 _TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_]+|\s+|.", re.S)
 _SENTENCE = re.compile(r"[^。！？.!?\n]*[。！？.!?\n]+|[^。！？.!?\n]+$")
 # Pairs that scanners take for each other.
@@ -20,18 +21,20 @@ _CONFUSED |= dict(zip("己未土日入大目工末千", "已末士曰人太自�
 
 def substitute(text: str, strength: float, rng: random.Random, others: Sequence[str]) -> str:
     """Replace tokens by tokens of another document."""
-    foreign = _words(rng.choice(others))
+    pick = _other_source(rng)
+    foreign = _words(pick.choice(others))
     return "".join(
-        rng.choice(foreign) if _is_word(t) and rng.random() < strength else t
+        pick.choice(foreign) if _is_word(t) and rng.random() < strength else t
         for t in _TOKEN.findall(text)
     )
 
 
 def insert(text: str, strength: float, rng: random.Random, others: Sequence[str]) -> str:
     """Insert tokens of another document."""
-    foreign = _words(rng.choice(others))
+    pick = _other_source(rng)
+    foreign = _words(pick.choice(others))
     return "".join(
-        f"{t} {rng.choice(foreign)} " if rng.random() < strength else t
+        f"{t} {pick.choice(foreign)} " if rng.random() < strength else t
         for t in _TOKEN.findall(text)
     )
 
@@ -42,40 +45,48 @@ def delete(text: str, strength: float, rng: random.Random, others: Sequence[str]
 
 
 def scan(text: str, strength: float, rng: random.Random, others: Sequence[str]) -> str:
-    """Confuse, lose and join characters, as a scanner does."""
+    """Confuse, lose and replace characters, as a scanner does."""
+    pick = _other_source(rng)
     out = []
     for character in text:
         if rng.random() >= strength:
             out.append(character)
         elif character in _CONFUSED:
             out.append(_CONFUSED[character])
-        elif rng.random() < 0.7 and not character.isspace():
-            out.append(rng.choice(text))
+        elif pick.random() < 0.7 and not character.isspace():
+            out.append(pick.choice(text))
     return "".join(out)
 
 
 def sentences(text: str, strength: float, rng: random.Random, others: Sequence[str]) -> str:
     """Replace whole sentences by those of another document."""
-    foreign = _SENTENCE.findall(rng.choice(others)) or [rng.choice(others)]
+    pick = _other_source(rng)
+    foreign = _SENTENCE.findall(pick.choice(others)) or [pick.choice(others)]
     return "".join(
-        rng.choice(foreign) if rng.random() < strength else s for s in _SENTENCE.findall(text)
+        pick.choice(foreign) if rng.random() < strength else s for s in _SENTENCE.findall(text)
     )
 
 
 def reorder(text: str, strength: float, rng: random.Random, others: Sequence[str]) -> str:
     """Cut into pieces anywhere between tokens, and shuffle them."""
+    pick = _other_source(rng)
     tokens = _TOKEN.findall(text)
     cuts = [0, *(i for i in range(1, len(tokens)) if rng.random() < strength), len(tokens)]
     pieces = ["".join(tokens[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    rng.shuffle(pieces)
+    pick.shuffle(pieces)
     return "\n".join(pieces)
 
 
 def frame(text: str, strength: float, rng: random.Random, others: Sequence[str]) -> str:
     """Add a header and a footer from another document."""
-    size = int(strength * len(text) / 2)
+    size = int(strength * len(text))
     foreign = rng.choice(others)
     return f"{foreign[:size]}\n{text}\n{foreign[-size - 1 :]}"
+
+
+def _other_source(rng: random.Random) -> random.Random:
+    """Where what is put in is drawn from, so that more edits contain the fewer ones."""
+    return random.Random(rng.random())
 
 
 EDITS: dict[str, Edit] = {
@@ -109,19 +120,17 @@ def plant(
         others: Documents that foreign text is from.
 
     Returns:
-        The copy and its similarity, within 0.01 of the target; None if no strength gives that.
+        The copy and its similarity, within `TOLERANCE`; None if none was found.
     """
-    low, high = 0.0, 2.0 if edit is frame else 1.0
-    for attempt in range(24):
-        strength = (low + high) / 2
-        copy = edit(text, strength, random.Random(f"{seed}/{attempt}"), others)
-        found = similarity(text, copy)
-        if abs(found - target) <= 0.01:
-            return copy, found
-        # Noise of the edits makes this a search that may go astray; so it is widened at times.
-        low, high = (strength, high) if found > target else (low, strength)
-        if high - low < 1e-4:
-            low, high = low * 0.7, min(1.0, high * 1.4)
+    for attempt in range(4):
+        low, high = 0.0, 1.0
+        for _ in range(16):
+            strength = (low + high) / 2
+            copy = edit(text, strength, random.Random(f"{seed}/{attempt}"), others)
+            found = similarity(text, copy)
+            if abs(found - target) <= TOLERANCE:
+                return copy, found
+            low, high = (strength, high) if found > target else (low, strength)
     return None
 
 
@@ -185,15 +194,17 @@ _REMARKS = [
     "更换了磨损的轴套，备件来自库存。",
 ]
 _SHORT = (
-    "设备位号{tag}，{date}执行预防性维修，工作负责人{person}，工单号{order}。检查机械密封无泄漏，润滑油位正常，"
-    "出口压力{pressure}MPa，轴承振动{vibration}mm/s，轴承温度{temperature}℃，试运行合格，恢复备用。"
+    "设备位号{tag}，{date}执行预防性维修，工作负责人{person}，工单号{order}。"
+    "检查机械密封无泄漏，润滑油位正常，出口压力{pressure}MPa，轴承振动{vibration}mm/s，轴承温度{temperature}℃，试运行合格，恢复备用。"
 )
 _LONG = (
     "预防性维修记录单\n工单号：{order}　设备位号：{tag}　执行日期：{zh_date}\n"
-    "一、工作前准备：核对设备位号与工单一致，确认隔离措施已执行，挂牌上锁完成，工作许可证已签发，辐射防护员已测量现场剂量率并划定"
-    "控制边界，工器具检定合格且在有效期内，备件经质量检验合格。\n"
-    "二、工作内容：1. 拆卸联轴器护罩，测量对中偏差，偏差不大于0.05mm；2. 检查机械密封动静环表面无裂纹、无划痕；3. 更换润滑油，油品为"
-    "L-TSA46，加注量12L；4. 检查轴承游隙，游隙应在0.10mm至0.18mm之间；5. 紧固地脚螺栓，力矩"
+    "一、工作前准备：核对设备位号与工单一致，确认隔离措施已执行，挂牌上锁完成，工作许可证已签发，"
+    "辐射防护员已测量现场剂量率并划定控制边界，工器具检定合格且在有效期内，备件经质量检验合格。\n"
+    "二、工作内容：1. 拆卸联轴器护罩，测量对中偏差，偏差不大于0.05mm；"
+    "2. 检查机械密封动静环表面无裂纹、无划痕；"
+    "3. 更换润滑油，油品为L-TSA46，加注量12L；"
+    "4. 检查轴承游隙，游隙应在0.10mm至0.18mm之间；5. 紧固地脚螺栓，力矩"
     "220N·m；6. 清洁泵体表面，检查防腐涂层完整。\n三、试验：起动后连续运行30min，出口压力"
     "{pressure}MPa，轴承振动{vibration}mm/s，轴承温度{temperature}℃，无异音，无泄漏，符合GB/T "
     "3215-2007及规程QP-101第3版的要求。\n四、结论：设备状态良好，恢复备用，工作现场已清理，隔离已解除，"
@@ -210,9 +221,11 @@ _ENGLISH = (
 )
 _SHEET = (
     "设备数据表 位号{tag} 出厂编号{serial} 型式：卧式多级离心泵 额定流量34.5m³/h 额定扬程1770m "
-    "转速4480r/min 轴功率340kW 电机功率450kW 电压6600V 频率50Hz 设计压力21.2MPa 设计温度121℃ 必需汽蚀余量7.6m "
-    "泵体材料Z2CN18-10 叶轮材料Z5CND13-04 轴材料42CrMo4 密封型式：集装式机械密封 冷却水流量4.5m³/h "
-    "冷却水压力0.85MPa 润滑油L-TSA46 油量160L 重量3850kg 抗震等级1类 安全等级2级 质保等级Q1 "
+    "转速4480r/min 轴功率340kW 电机功率450kW 电压6600V 频率50Hz "
+    "设计压力21.2MPa 设计温度121℃ 必需汽蚀余量7.6m "
+    "泵体材料Z2CN18-10 叶轮材料Z5CND13-04 轴材料42CrMo4 密封型式：集装式机械密封 "
+    "冷却水流量4.5m³/h 冷却水压力0.85MPa 润滑油L-TSA46 油量160L "
+    "重量3850kg 抗震等级1类 安全等级2级 质保等级Q1 "
     "设计规范RCC-M-2000 检验规范GB/T 5657-2013 设计寿命40年"
 )
 _ALL = ("tag", "date", "zh_date", "time", "pressure", "vibration", "temperature", "order", "serial")

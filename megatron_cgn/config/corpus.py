@@ -115,7 +115,7 @@ class DeduplicateConfig:
     """Whether to deduplicate."""
     near: bool = True
     """Whether to drop nearly equal documents too, or only equal ones."""
-    similarity_threshold: float = 0.75
+    similarity_threshold: float = 0.7
     """Least Jaccard similarity of near-duplicates' n-grams, above 0 and at most 1."""
     ngram_tokens: int = 5
     """Tokens in an n-gram: Chinese characters, and words or numbers of other scripts."""
@@ -123,7 +123,7 @@ class DeduplicateConfig:
     """Which documents are kept however alike they are: ``form``: those that differ in numbers,
     dates and equipment tags alone, as records of one form do; ``all``: all that differ in any of
     them; ``none`` suits web pages, which may differ in a date or a counter."""
-    number_weight: int = 10
+    number_weight: int = 20
     """How many n-grams a number, date or tag counts as, so that records of one form that differ in
     a few words too are less alike; 0: numbers count like words."""
     num_permutations: int = 128

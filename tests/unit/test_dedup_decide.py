@@ -217,7 +217,7 @@ def test_form_letters_take_few_comparisons(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_crowds_of_different_records_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = count_pairs(monkeypatch)
-    signatures = crowd(6_000, 0.6)
+    signatures = crowd(6_000, 0.5)
     rng = np.random.default_rng(1)
     # Real duplicates among them: other words, the same numbers.
     origins, copies = np.arange(100, 200), np.arange(5_000, 5_100)
@@ -230,7 +230,7 @@ def test_crowds_of_different_records_are_bounded(monkeypatch: pytest.MonkeyPatch
     )
     signatures.hashes[copies, 3] = signatures.hashes[origins, 3]
     decisions = find_duplicates([signatures], DeduplicateConfig())
-    cut = banding(128, 0.75)
+    cut = banding(128, DeduplicateConfig().similarity_threshold)
     assert asked[0] <= 2 * module._MAX_LEADERS * cut.bands * len(signatures)
     assert decisions.num_crowded > 1_000
     found = decisions.kinds[copies] == Kind.NEAR
@@ -247,14 +247,14 @@ def test_bands_are_as_long_as_recall_allows(num_permutations: int, threshold: fl
     cut = banding(num_permutations, threshold)
     assert cut.bands * cut.rows <= num_permutations
     assert cut.probability(threshold) == pytest.approx(meeting(cut.rows))
-    assert meeting(cut.rows) >= 0.99 or cut.rows == 1
+    assert meeting(cut.rows) >= 0.98 or cut.rows == 1
     longer = range(cut.rows + 1, num_permutations + 1)
-    assert all(meeting(rows) < 0.99 for rows in longer)
+    assert all(meeting(rows) < 0.98 for rows in longer)
 
 
 def test_the_probability_of_meeting_is_what_happens() -> None:
     rng = np.random.default_rng(0)
-    cut = banding(128, 0.75)
+    cut = banding(128, DeduplicateConfig().similarity_threshold)
     for similarity in (0.4, 0.5, 0.6):
         equal = rng.random((20_000, cut.bands, cut.rows)) < similarity
         met = equal.all(axis=2).any(axis=1).mean()

@@ -18,14 +18,14 @@ HAN = "的一是不了人我在有他这中大来上国个到说们为子和你�
 GOLDEN_HASHES = [
     [13118579773766698340, 7409926098011805970, 8943742539231439512, 462087685748475454]
 ]
-GOLDEN_ROW = [527470813, 3227883035, 3247853535, 563090525]
+GOLDEN_ROW = [527470813, 3227774684, 881672628, 535962289]
 GOLDEN_PARAMETERS = {
     "format": 1,
     "rensa_algorithm": 2,
     "characters": 0,
     "num_permutations": 128,
     "ngram_tokens": 5,
-    "number_weight": 10,
+    "number_weight": 20,
     "seed": 0,
 }
 
@@ -80,7 +80,7 @@ def test_elements_have_the_true_similarity(size: int, weight: int) -> None:
 
 @pytest.mark.parametrize("num_permutations", [64, 128, 256])
 def test_signatures_estimate_the_true_similarity(num_permutations: int) -> None:
-    settings = DeduplicateConfig(num_permutations=num_permutations)
+    settings = DeduplicateConfig(num_permutations=num_permutations, number_weight=10)
     texts = pairs(120)
     rows = Signer(settings).sign([text for pair in texts for text in pair]).minhashes
     estimate = (rows[0::2] == rows[1::2]).mean(axis=1)

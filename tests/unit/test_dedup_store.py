@@ -67,7 +67,7 @@ def test_no_documents(tmp_path: Path, signer: Signer) -> None:
     [
         ({"seed": 1}, "seed 0 instead of 1"),
         ({"ngram_tokens": 3}, "ngram_tokens 5 instead of 3"),
-        ({"number_weight": 0}, "number_weight 10 instead of 0"),
+        ({"number_weight": 0}, "number_weight 20 instead of 0"),
         ({"num_permutations": 64}, "num_permutations 128 instead of 64"),
     ],
 )

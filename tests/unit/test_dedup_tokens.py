@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cgn.corpus.dedup.tokens import canonical_bytes, token_hashes, tokenize
@@ -95,6 +95,7 @@ def test_meaning_makes_a_difference(left: str, right: str) -> None:
     assert canonical(left) != canonical(right)
 
 
+@settings(deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=6))
 def test_documents_do_not_depend_on_their_neighbours(texts: list[str]) -> None:
     tokens = tokenize(texts)
@@ -108,6 +109,7 @@ def test_documents_do_not_depend_on_their_neighbours(texts: list[str]) -> None:
         assert pieces[number] == next(canonical_bytes(alone))
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("核电厂abZ9 \n。,"), max_size=60))
 def test_agrees_with_a_regular_expression(text: str) -> None:
     plain = text.replace(",", " ")

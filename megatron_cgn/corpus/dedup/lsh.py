@@ -5,6 +5,7 @@ rows; documents that are equal in all rows of a band share a bucket, and only th
 Two documents of similarity ``s`` meet with probability ``1 - (1 - s^rows)^bands``.
 """
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,9 +20,11 @@ Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 # A pair at the threshold meets in at least one band at least this often.
-_RECALL: Final = 0.99
-_PAIRS_AT_ONCE: Final = 1 << 15
+_RECALL: Final = 0.98
+_PAIRS_AT_ONCE: Final = 1 << 13
 _ROWS_AT_ONCE: Final = 1 << 16
+# Rows read from mapped files before their pages are given back. A row may map 16 pages around it.
+_ROWS_TO_HOLD: Final = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ def banding(num_permutations: int, threshold: float) -> Banding:
 
     Returns:
         The bands: the most rows with which a pair at the threshold meets with a probability of
-        0.99 or more. Fewer rows would find no more and compare more.
+        0.98 or more. Fewer rows would find no more and compare more.
     """
     for rows in range(num_permutations, 1, -1):
         chosen = Banding(num_permutations // rows, rows)
@@ -86,12 +89,15 @@ class Rows:
     def __init__(self, parts: Sequence[Signatures]) -> None:
         self._parts = [part.minhashes for part in parts]
         self._ends = np.cumsum([len(part) for part in parts])
+        self._maps = [found for part in self._parts if (found := _mapping(part)) is not None]
+        self._num_read = 0
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def gather(self, indices: Indices) -> npt.NDArray[np.uint32]:
         """Copy the rows of these documents."""
+        self._give_back(len(indices))
         if len(self._parts) == 1:
             return self._parts[0][indices]
         rows = np.empty((len(indices), self._parts[0].shape[1]), dtype=np.uint32)
@@ -107,8 +113,18 @@ class Rows:
         begin = 0
         for part in self._parts:
             for low in range(0, len(part), _ROWS_AT_ONCE):
-                yield begin + low, np.asarray(part[low : low + _ROWS_AT_ONCE])
+                block = np.asarray(part[low : low + _ROWS_AT_ONCE])
+                self._give_back(len(block))
+                yield begin + low, block
             begin += len(part)
+
+    def _give_back(self, num_rows: int) -> None:
+        """Now and then have the kernel unmap what was read: it stays in the page cache."""
+        self._num_read += num_rows
+        if self._num_read > _ROWS_TO_HOLD:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+            self._num_read = 0
 
     def similarities(self, first: Indices, second: Indices) -> npt.NDArray[np.float32]:
         """Estimate the similarity of pairs: the share of equal places."""
@@ -117,6 +133,14 @@ class Rows:
             here = slice(low, low + _PAIRS_AT_ONCE)
             found[here] = _share_equal(self.gather(first[here]), self.gather(second[here]))
         return found
+
+
+def _mapping(array: npt.NDArray[np.uint32]) -> mmap.mmap | None:
+    """The mapped file that an array, however sliced, is in; None if it is in memory."""
+    base = array.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def _share_equal(
