@@ -172,6 +172,7 @@ def _definition_for(tokenizer: Tokenizer) -> bytes:
         NotEqual: If it has options that the package passes over.
     """
     definition = tokenizer.definition()
+    tokenizer.fingerprint(definition=definition)  # it will be asked for, and this is the parsing
     model = definition["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise NotEqual("it is used for byte-level BPE alone")

@@ -20,7 +20,7 @@ from tokenizer.byte_lengths import token_byte_lengths
 END_OF_DOCUMENT_TOKENS = ("<|endoftext|>", "<|end_of_text|>")
 """Names under which model families separated the documents they were pre-trained on."""
 
-_DEFINING_PARTS = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+_OTHER_PARTS = ("normalizer", "pre_tokenizer", "added_tokens")  # besides the model
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -150,7 +150,7 @@ class Tokenizer:
         tokens = self._backend.get_added_tokens_decoder()
         return [tokens[token_id].content for token_id in sorted(tokens)]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, definition: dict[str, Any] | None = None) -> str:
         """Hash of everything that decides which ids a text gets.
 
         These are the normaliser, the pre-tokeniser, the model (vocabulary, merges and options)
@@ -158,16 +158,20 @@ class Tokenizer:
         the post-processor (it only adds special tokens), the decoder, the file's layout and every
         option that is off. Equal tokenizers saved by different versions have equal fingerprints.
 
+        Args:
+            definition: What `definition` gave, where it is at hand; saves parsing it again.
+
         Returns:
             32 hexadecimal digits.
         """
         if self._fingerprint is None:
-            definition = self.definition()
-            # Large, and nothing in them is ever None or False: set aside to save a second.
+            definition = definition or self.definition()
+            # Large, and nothing in them is ever None or False: kept as they are to save a second.
             model = definition["model"]
-            lists = {part: model.pop(part) for part in ("vocab", "merges") if part in model}
-            parts = {part: _without_defaults(definition.get(part)) for part in _DEFINING_PARTS}
-            parts["model"] |= lists
+            lists = {part: model[part] for part in ("vocab", "merges") if part in model}
+            options = {part: value for part, value in model.items() if part not in lists}
+            parts = {part: _without_defaults(definition.get(part)) for part in _OTHER_PARTS}
+            parts["model"] = _without_defaults(options) | lists
             text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
             self._fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         return self._fingerprint

@@ -128,12 +128,12 @@ def _file_digest(path: Path) -> str:
 
 
 def is_lineage(path: Path) -> bool:
-    """Say whether a file has exactly the columns of ours: others are never written over."""
+    """Say whether a file has no columns but ours: others are never written over."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return tuple(pq.read_schema(path).names) == COLUMNS
+        return {"id", "hash"} <= set(pq.read_schema(path).names) <= set(COLUMNS)
     except (pa.ArrowException, OSError):
         return False
 
