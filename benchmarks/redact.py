@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redact_templates import DEVELOPMENT, FINAL, KINDS, LOOK_ALIKES
+from redact_templates import DEVELOPMENT, FINAL, KINDS, LOOK_ALIKES, SECOND
 from redact_values import Values
 
 from megatron_cgn.config.corpus import RedactConfig
@@ -28,6 +28,7 @@ from megatron_cgn.corpus.document import Document
 from megatron_cgn.corpus.redact import Redactor
 
 _SLOT = re.compile(r"\{(\w+)\}")
+TEMPLATES = {"development": DEVELOPMENT, "second": SECOND, "final": FINAL}
 ROOT = Path(__file__).parents[1]
 CHECKSUMMED = ("id_card", "credit_code", "bank_card")
 
@@ -183,11 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seed", type=int, default=20261123)
     parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--templates", choices=("development", "final"), default="final")
+    parser.add_argument("--templates", choices=tuple(TEMPLATES), default="final")
     parser.add_argument("--hardware", default=f"{os.cpu_count()}cpu", help="name in the file")
     parser.add_argument("--show", type=int, default=0, help="print so many errors, write nothing")
     args = parser.parse_args()
-    templates = FINAL if args.templates == "final" else DEVELOPMENT
+    templates = TEMPLATES[args.templates]
     samples = list(draw(templates, seed=args.seed, documents=args.documents))
     redactor = Redactor(RedactConfig())
     result = score(redactor, samples)

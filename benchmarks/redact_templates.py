@@ -1,8 +1,9 @@
 """Templates of the labelled set of `redact.py`: what nuclear and renewables documents look like.
 
-``DEVELOPMENT`` was looked at while the detectors were written. ``FINAL`` was worded apart from it
-and from the detectors, and serves the published figures only. A slot such as ``{mobile}`` is drawn
-by `redact_values.Values`; the slots of ``KINDS`` have to be found, all else has to stay.
+``DEVELOPMENT`` was looked at while the detectors were written. ``SECOND`` was held back until they
+were thought to be good; measured on it once, it joined the development. ``FINAL`` was written after
+that and serves the published figures only. A slot such as ``{mobile}`` is drawn by
+`redact_values.Values`; the slots of ``KINDS`` have to be found, all else has to stay.
 """
 
 KINDS = {
@@ -94,7 +95,7 @@ DEVELOPMENT = (
     "| 编制 | {name} | 审核 | {name} | 日期 | {date} |",
 )
 
-FINAL = (
+SECOND = (
     "【设备异动单】{order}　发现人：{name}　联络手机 {mobile}　处理意见：{not_name}",
     "本次{system}大修由{name}担任项目经理，现场安全员为{name}，24 小时电话 {phone}。",
     "作业许可证签发人：{name}；签字日期：{date}；作业地点坐标 {place}。",
@@ -143,4 +144,55 @@ FINAL = (
     "{order} / {part} / {book} / {digest}",
     "根据{book}和{book}，{system}设计寿命{count}年，{version}给出了限值{setpoint}。",
     "主持人：{not_name}；作者：{not_name}；编写：{department}",
+)
+
+FINAL = (
+    # Emergency preparedness and operation.
+    "应急演习签到：总指挥 {name}，副总指挥：{name}，通讯员{name}（手机 {mobile}）。",
+    "交接班记录\n交班值长：{name}　接班值长：{name}\n{system}运行正常，{tag} 流量 {setpoint}。",
+    "{date} 主控室接到{department}{name}电话，称 {tag} 漏水，已派{name}前往查看。",
+    "现场见证：{name}；{date}；见证意见：{not_name}。联系 {phone}",
+    "辐射工作许可证（RWP）申请单位：{department}；负责人 {name}；授权进入人员：{name}、{name}、{name}",
+    "大修指挥部值班安排：{date}白班 {name}（{mobile}），夜班 {name}（{mobile}）",
+    "隔离执行人：{name}\n隔离确认人：{name}\n隔离点：{tag}、{tag}",
+    # Photovoltaics and wind.
+    "光伏电站运维日志　记录人：{name}　天气晴　逆变器 {ip} 告警，{order}",
+    "风机机位 {place}，业主现场代表{name}，吊装单位{company}，吊车 {plate}",
+    "采集网关 MAC={mac}，IP={ip}，SN：{part}，{version}",
+    # Personnel and training.
+    "| 序号 | 学员姓名 | 证件号码 | 手机号码 | 成绩 |\n|:--:|:--|:--|:--|--:|\n"
+    "| 1 | {name} | {id_card} | {mobile} | 合格 |\n| 2 | {name} | {id_card} | {mobile} | 合格 |",
+    "关于{name}同志任职的通知：经研究，任命{name}为{department}副主任。",
+    "体检人员\t身份证\t电话\n{name}\t{id_card}\t{mobile}\n{name}\t{id_card}\t{mobile}",
+    "员工{name}，公民身份号码 {id_card}，工资账户 {bank_card}，住宅电话 {local_phone}。",
+    "探亲登记：家属姓名 {name}，护照 {passport}，接站车辆{plate}，{date}到达",
+    # Suppliers and contracts.
+    "供应商资格评审表\n企业名称：{company}\n社会信用代码：{credit_code}\n"
+    "法人代表：{name}\n"
+    "业务联系人：{name}　{mobile}　{email}",
+    "付款信息：户名 {company}，开户银行 建设银行，银行账号 {bank_card}，税号{credit_code}",
+    "退款请打到本人卡上：{bank_card}，{name}，谢谢！电话 {mobile}",
+    "评标委员会成员：{name}（组长）、{name}、{name}，监督人：{name}",
+    "招标咨询请致电 {phone} 或 {phone}，邮件 {email}。",
+    # Letters and English papers.
+    "此致\n敬礼\n{department} {name}\n{date}\n电话：{phone}  传真：{phone}",
+    "Best regards,\n{english_name}\nSenior Engineer\nTel.: {foreign_phone}\nE-mail: {email}",
+    "Non-conformance report {part}. Reported by {english_name} on {date}; inspector: "
+    "{english_name}.",
+    "Witnessed by: {english_name}; accepted by: {not_english_name}; cell {foreign_phone}",
+    "Ms. {english_name} ({email}) will replace Mr. {english_name} from {date}.",
+    "Please wire to IBAN or card {bank_card}; contact person: {english_name}.",
+    "Visitor: {english_name}, passport {passport}, host {name}, vehicle {plate}",
+    "The gateway {ip} ({mac}) replaced {part} with {version}.",
+    # Nothing to be found.
+    "运行参数：{setpoint}、{setpoint}、{setpoint}；报警定值 {setpoint}；设备 {tag} {tag}。",
+    "依据 {book}、{book} 编制，审批：{not_name}，校核：{not_name}。",
+    "结论：{not_name}。原因：{not_name}。措施：{not_name}。",
+    "{job}、{job}和{job}参加了{date}的会议，{job}主持。",
+    "{figures}\n{figures}\n{figures}\n合计 {count} 项，{order}",
+    "固件 {version}，散列 {digest}，时间 {date}，{code}",
+    "Spare parts: {part}, {part}; {order}; drawing {part}; {book}.",
+    "抽样坐标 {place}；样品 {wrong}；{digest}",
+    "Responsible: {not_english_name}. Reviewed by: {not_english_name}. Refer to {version}, {book}.",
+    "设备台账\t编码\t投运日期\n{tag}\t{part}\t{date}\n{tag}\t{part}\t{date}",
 )

@@ -9,7 +9,7 @@ import datetime
 import re
 from collections.abc import Callable, Iterator
 
-from megatron_cgn.corpus.redact.view import Span, View
+from megatron_cgn.corpus.redact.view import Span, View, last_end
 
 # One separator between two digits: a space, a hyphen, or the end of a line.
 _S = r"(?:[ -]|[ ]?\r?\n[ ]{0,4})?"
@@ -180,6 +180,11 @@ def passports(view: View) -> Iterator[Span]:
 
     def accept(match: re.Match[str]) -> Span | None:
         if not view.label(match.start(), _PASSPORT_LABEL):
+            return None
+        before = view.before(match.start())
+        between = before[max(0, last_end(_PASSPORT_LABEL, before)) :]
+        # Digits alone are a passport only as the first number after the label.
+        if match[0].isdigit() and re.search("[0-9]", between):
             return None
         return Span("passport", match.start(), match.end(), compact(match[0]))
 

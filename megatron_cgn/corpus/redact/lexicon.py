@@ -42,6 +42,12 @@ OTHER = (
     "戴於杭水窦贝滑仰伊暴钭池阴胥双莘贡姬冉雍璩濮寿通扈浦向步都匡文寇广东"
 )
 
+SAFE = "|".join(COMPOUND) + (
+    "|[许林王李张刘陈杨赵吴周徐孙朱胡郭罗郑梁谢宋唐邓冯韩曹彭萧肖蔡潘董袁蒋杜苏魏吕沈姚卢傅崔谭廖汪"
+    "贾韦邱侯邹熊孟阎闫薛尹黎郝龚邵覃]"
+)
+"""Of the surnames, those that begin few other words: enough after any label."""
+
 NOT_SURNAMES = "于由从向来和同别终步都公那相信空通广国双越益须养但应时全"
 """Surnames that mostly begin another word: names only where a label is set off from them."""
 
@@ -156,7 +162,8 @@ NOT_PERSONS = frozenset(
     "human "
     "pump valve tank pipe line building room feedwater coolant steam generator turbine pressure "
     "vessel heat exchanger emergency containment fuel core cooling spray primary secondary loop "
-    "main creative commons foundation society association software free project contributors "
+    "main dear mr mrs creative commons foundation society association software free "
+    "project contributors "
     "auxiliary model data file type status value note notes results summary introduction method "
     "methods background overview appendix annex section see using new open source first last use "
     "default example input output time "

@@ -14,6 +14,7 @@ from megatron_cgn.corpus.redact.lexicon import (
     ENGLISH_VERBS,
     NOT_SURNAMES,
     ROLES,
+    SAFE,
     TITLES,
     WHOSE_NAME,
     WORDS,
@@ -46,6 +47,11 @@ _NEXT = re.compile(
 _SKIPPED = re.compile(rf"{MASKED}+|[^、,;:=。\n|]{{1,16}}(?=[、;])")
 _TITLE = re.compile(rf"{TITLES}|工(?![{HAN}])|总(?![{HAN}])")
 _FULL_NAME = re.compile(FULL_NAME)
+# Any label, for surnames that are hardly anything else.
+_ANY_LABEL = re.compile(
+    rf":[ *]{{0,2}}(?={SAFE})(?P<name>{FULL_NAME})"
+    r"(?=[ *]{0,3}[,;。、()\n]|[ *]{0,3}\Z| {2})"
+)
 _BY = re.compile(
     rf"由({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|汇报|提出|完成|组织|操作|监护|保管)"
 )
@@ -54,6 +60,7 @@ _HEADING = re.compile(
     rf"[* ]*{_ROLE}[* ]*|[* ]*(?:[A-Z][a-z]+ )?(?:[Bb]y|[Aa]uthors?|[Cc]ontact)[* ]*"
 )
 
+_MANY_NAMES = 50
 _ENGLISH_SIGN = re.compile(r"[:|][ \t|*]{0,6}(?=[A-Z])|[yY] (?=[A-Z])")
 _ENGLISH_TITLE = re.compile(
     rf"(?:Mr|Mrs|Ms|Miss|Dr|Prof|Ing|Engr|Mme)\.? ({ENGLISH_WORD}(?: {ENGLISH_WORD}){{0,3}})"
@@ -79,7 +86,9 @@ def _labelled(view: View) -> Iterator[Span]:
         # Without a sign between, the label may be a verb or part of a word.
         elif match["gap"] or _PERSON.search(match[0]):
             end = name_end(text, start)
-            if end is None or not match["gap"] and text[start] in NOT_SURNAMES:
+            if end is None or text[start].isascii():
+                continue
+            if not match["gap"] and text[start] in NOT_SURNAMES:
                 continue
             if _WORD_ENDS.match(text, end):
                 yield name_span(text, start, end)
@@ -164,6 +173,9 @@ def _word_begins(text: str, position: int) -> bool:
 def _acting(view: View) -> Iterator[Span]:
     """Who does something, after 由, or says something, where a clause begins."""
     text = view.text
+    for match in _ANY_LABEL.finditer(text):
+        if _is_han(text[match.start() - 1 : match.start()]) and is_person(match["name"]):
+            yield name_span(text, *match.span("name"))
     for match in _BY.finditer(text):
         if _sure(match[1]):
             yield name_span(text, match.start(1), match.end(1))
@@ -201,10 +213,30 @@ def _in_tables(view: View) -> Iterator[Span]:
 
 def _repeated(view: View, found: dict[str, None]) -> Iterator[Span]:
     """Every other place where an announced name stands, if it is long enough to be sure."""
-    long = [name for name in found if (len(name) > 2 and not name.isascii()) or " " in name]
-    short = [name for name in found if len(name) == 2]
-    alternatives = [re.escape(name) for name in sorted(long, key=len, reverse=True)]
-    alternatives += [rf"(?<![{HAN}]){re.escape(name)}(?![{HAN}])" for name in short]
-    if alternatives:
-        for match in re.finditer("|".join(alternatives), view.text):
-            yield name_span(view.text, match.start(), match.end())
+    text = view.text
+    for start, end in _places(text, [name for name in found if len(name) > 1]):
+        name = text[start:end]
+        if name.isascii():
+            alone = not (text[start - 1 : start] + text[end : end + 1]).isalnum()
+            sure = " " in name and alone
+        else:
+            han = _is_han(text[start - 1 : start]) or _is_han(text[end : end + 1])
+            sure = len(name) > 2 or not han
+        if sure:
+            yield name_span(text, start, end)
+
+
+def _places(text: str, names: list[str]) -> Iterator[tuple[int, int]]:
+    """Where some names stand in a text."""
+    if len(names) > _MANY_NAMES:
+        # One pass for all of them, by hash; worth the compilation for lists of staff only.
+        import regex  # type: ignore[import-untyped]
+
+        for match in regex.finditer(r"\L<names>", text, names=names):
+            yield match.span()
+        return
+    for name in names:
+        start = text.find(name)
+        while start >= 0:
+            yield start, start + len(name)
+            start = text.find(name, start + len(name))
