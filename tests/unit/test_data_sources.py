@@ -1,6 +1,5 @@
 """Division of sources, and every contradiction in the settings."""
 
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
