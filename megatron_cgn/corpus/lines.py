@@ -45,10 +45,10 @@ _CONTENTS_HEADING = re.compile(
 )
 
 _COPYRIGHT = re.compile(
-    r"(?:(?:copyright|版权所有)\s*[:：]?\s*(?:©|\(c\)|（c）)?|©)\s*[:：]?\s*(?:19|20)[0-9]{2}\b.{0,120}"
-    r"|.{0,100}(?:all rights reserved|保留所有权利|保留一切权利|版权所有)[.。]?",
+    r"(?:(?:copyright|版权所有)\s*[:：]?\s*(?:©|\(c\)|（c）)?|©)\s*[:：]?\s*(?:19|20)[0-9]{2}\b.*",
     re.IGNORECASE,
 )
+_RESERVED = ("all rights reserved", "保留所有权利", "保留一切权利", "版权所有")
 
 
 def tidy(text: str, *, remove: Collection[LineKind]) -> tuple[str, Counter[str], int]:
@@ -127,13 +127,17 @@ def _furniture(
     if "contents" in kinds:
         gone |= dict.fromkeys(_contents(short, lines), "contents")
     if "copyright" in kinds:
-        copyright = (i for i, line in short.items() if _COPYRIGHT.fullmatch(line))
+        copyright = (i for i, line in short.items() if _is_copyright(line))
         gone |= {i: "copyright" for i in copyright if i not in gone}
     if "navigation" in kinds:
         candidates = {i: line for i, line in enumerate(lines) if kept_as[i] != "code"}
         found = navigation.find(candidates)
         gone |= {i: "navigation" for i in found if i not in gone}
     return gone
+
+
+def _is_copyright(line: str) -> bool:
+    return line.rstrip(".。").lower().endswith(_RESERVED) or _COPYRIGHT.match(line) is not None
 
 
 def _page_marks(short: dict[int, str]) -> list[int]:
@@ -217,7 +221,7 @@ def _contents(short: dict[int, str], lines: Sequence[str]) -> list[int]:
 
 def _entry_page(line: str, last: int) -> int | None:
     """Give the page of an entry of a table of contents; of a Roman one, the last Arabic page."""
-    match = _ENTRY_PAGE.search(line, max(0, len(line) - 7))
+    match = line[-1].isalnum() and _ENTRY_PAGE.search(line, max(0, len(line) - 7))
     if not match:
         return None
     before = line[: match.start()]
