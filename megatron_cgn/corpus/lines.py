@@ -127,8 +127,9 @@ def _furniture(
     if "contents" in kinds:
         gone |= dict.fromkeys(_contents(short, lines), "contents")
     if "copyright" in kinds:
-        copyright = (i for i, line in short.items() if _is_copyright(line))
-        gone |= {i: "copyright" for i in copyright if i not in gone}
+        # An indented notice is part of a text that was laid out, and may go on in the next line.
+        outer = (i for i in short if not lines[i].startswith(("    ", "\t")) and i not in gone)
+        gone |= {i: "copyright" for i in outer if _is_copyright(short[i])}
     if "navigation" in kinds:
         candidates = {i: line for i, line in enumerate(lines) if kept_as[i] != "code"}
         found = navigation.find(candidates)

@@ -76,6 +76,7 @@ def test_furniture_goes(line: str) -> None:
         "一回路 > 二回路 > 三回路",
         "1.1 | 2.2 | 3.3",
         "扫描电镜观察断口形貌",
+        "       Copyright © 2022 Example.  License GPLv3+: GNU",
     ],
 )
 def test_what_only_resembles_furniture_stays(line: str) -> None:
