@@ -40,7 +40,7 @@ def make_manifest(
         "format": FORMAT,
         "versions": plan["versions"],
         "settings": plan["settings"],
-        "against": sorted(plan["against"].values()),
+        "files_of_settings": plan["files"],
         "sources": [
             {
                 "name": source.name,

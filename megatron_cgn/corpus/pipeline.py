@@ -9,12 +9,9 @@ directory that appears whole, so a kill costs what was under way and nothing els
 on how many processes make them.
 """
 
-import errno
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +25,8 @@ from megatron_cgn.corpus.first_pass import FirstPass
 from megatron_cgn.corpus.kept import write_kept
 from megatron_cgn.corpus.manifest import make_manifest
 from megatron_cgn.corpus.parts import Part, describe, read_parts
-from megatron_cgn.corpus.plan import WORK, describe_plan, is_published, open_work, publish
+from megatron_cgn.corpus.place import claimed
+from megatron_cgn.corpus.plan import describe_plan, is_published, open_work, publish
 from megatron_cgn.corpus.pool import map_in_order
 from megatron_cgn.corpus.records import COLUMNS
 from megatron_cgn.corpus.report import write_report
@@ -40,17 +38,10 @@ from megatron_cgn.corpus.steps import Steps
 from megatron_cgn.corpus.tally import Tally
 from megatron_cgn.corpus.threshold import check_bad
 from megatron_cgn.corpus.work import Work, read_json, sync, write_json
-from megatron_cgn.data.lock import locked
 from megatron_cgn.errors import ConfigError, DataError
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a pass, what has been done of it since the last call, and the total."""
-
-_ENVIRONMENT = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,9 +100,8 @@ def prepare_corpus(
     steps.check_prior()
     output = Path(output)
     inputs = find_inputs(sources, output=output)
-    against = {path: _manifest_digest(path) for path in settings.deduplicate.prior}
-    plan = describe_plan(settings, sources, inputs, against)
-    with _output_faults(output), _made(output), _alone(output):
+    plan = describe_plan(settings, sources, inputs, steps=steps)
+    with claimed(output):
         work = open_work(output, plan, overwrite=overwrite)
         job = Job(
             sources=tuple(sources),
@@ -125,7 +115,7 @@ def prepare_corpus(
         )
         if not is_published(output, work):
             _run(job)
-        shutil.rmtree(work.root)
+        work.discard()
         manifest: dict[str, Any] = read_json(output / "manifest.json")
         return manifest
 
@@ -296,48 +286,3 @@ def _total(work: Work, num_parts: int) -> Tally:
         for part in range(num_parts):
             tallies.add(total, read_json(work.path(stage, part) / "tally.json"))
     return total
-
-
-def _manifest_digest(path: str) -> str:
-    manifest = Path(path).parent / "manifest.json"
-    return _file_digest(manifest) if manifest.exists() else ""
-
-
-@contextmanager
-def _made(output: Path) -> Iterator[None]:
-    """Make the output directory; take it away again if nothing came into it."""
-    if output.exists() and not output.is_dir():
-        raise DataError(f"{output}: is a file; --output must be a directory.")
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        try:
-            output.rmdir()
-        except OSError:
-            pass  # there is something in it
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    try:
-        with locked(output / ".lock"):
-            yield
-    except BlockingIOError as error:
-        raise DataError(
-            f"{output}: another run is writing there. Wait for its end, or choose another --output."
-        ) from error
-
-
-@contextmanager
-def _output_faults(output: Path) -> Iterator[None]:
-    """Tell a full disk and the like as what they are: no fault of the program."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _ENVIRONMENT:
-            raise
-        raise DataError(
-            f"{error.filename or output}: {error.strerror or error}. Mend that and run the same "
-            f"command again: what is done stays in {output / WORK}, and the run goes on there."
-        ) from error

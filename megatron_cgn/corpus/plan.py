@@ -4,6 +4,7 @@ Also the rules of the output directory: what may be there before, and how the ne
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -14,13 +15,15 @@ from typing import Any
 
 from megatron_cgn import __version__
 from megatron_cgn.config.corpus import CorpusConfig
-from megatron_cgn.corpus.sources import Inputs, Source
+from megatron_cgn.corpus.document import Document
+from megatron_cgn.corpus.place import WORK
+from megatron_cgn.corpus.sources import Inputs, Source, digest
+from megatron_cgn.corpus.steps import Steps
 from megatron_cgn.corpus.work import Work, read_json, sync, write_json
 from megatron_cgn.errors import DataError
 
 log = logging.getLogger(__name__)
 
-WORK = ".work"
 OUTPUTS = (
     *("train", "validation", "dropped", "signatures"),
     *("documents.parquet", "report.html", "manifest.json"),
@@ -46,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_plan(
-    settings: CorpusConfig, sources: Sequence[Source], inputs: Inputs, against: dict[str, str]
+    settings: CorpusConfig, sources: Sequence[Source], inputs: Inputs, *, steps: Steps
 ) -> dict[str, Any]:
     """Describe a run: two runs of equal descriptions make equal outputs.
 
@@ -54,7 +57,7 @@ def describe_plan(
         settings: Of all steps.
         sources: All sources.
         inputs: All files.
-        against: Earlier corpora, each with a digest of its manifest.
+        steps: The steps that these settings make.
 
     Returns:
         Plain JSON.
@@ -67,8 +70,25 @@ def describe_plan(
         "settings": plain(values),
         "sources": plain([dataclasses.asdict(source) for source in sources]),
         "inputs": [[file.path, file.size_bytes, file.modified_ns] for file in inputs.files],
-        "against": against,
+        "files": _digests_of_settings(settings),
+        "redaction": _probe(steps),
     }
+
+
+def _digests_of_settings(settings: CorpusConfig) -> dict[str, str]:
+    """Digests of the files that settings name: a file may change where its name does not."""
+    paths = [*settings.decontaminate.evaluation_files]
+    if settings.redact.patterns_file is not None:
+        paths.append(settings.redact.patterns_file)
+    # An earlier corpus is known by its signatures' hashes, which are unlike any other's.
+    paths += [str(Path(path) / "hashes.npy") for path in settings.deduplicate.prior]
+    return {path: digest(path) for path in paths}
+
+
+def _probe(steps: Steps) -> str:
+    """What becomes of a made-up number: another key shows, and the key itself does not."""
+    text = steps.redact(Document(id="", text="手机：13800138000", source="")).text or ""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def plain(value: Any) -> Any:
@@ -93,6 +113,7 @@ def open_work(output: Path, plan: dict[str, Any], *, overwrite: bool) -> Work:
         DataError: If the output holds something that may not be replaced.
     """
     work = Work(output / WORK)
+    shutil.rmtree(output / f"{WORK}.old", ignore_errors=True)
     if work.done("plan.json"):
         before = read_json(work.path("plan.json"))
         if before == plan:
@@ -105,7 +126,7 @@ def open_work(output: Path, plan: dict[str, Any], *, overwrite: bool) -> Work:
             changed,
         )
     _check_output(output, overwrite=overwrite)
-    shutil.rmtree(work.root, ignore_errors=True)
+    work.discard()
     work.create()
     write_json(work.path("plan.json"), plan)
     return work

@@ -56,7 +56,7 @@ def write_report(
     """
     redactor = Redactor(redact if redact.enabled else RedactConfig())
     page = _Page(manifest, tally, clusters, lambda text: _redacted(redactor, text))
-    path.write_text(page.html(), encoding="utf-8")
+    path.write_text(page.html(), encoding="utf-8", errors="replace")
 
 
 def _redacted(redactor: Redactor, text: str) -> str:
@@ -186,11 +186,7 @@ class _Page:
         changes = self._counts["changes"]
         rows = [[kind, changes[kind]["times"], changes[kind]["documents"]] for kind in changes]
         table = _table(("kind", "#times", "#documents"), rows) if rows else "<p>Nothing.</p>"
-        examples = "".join(
-            self._examples(kind, changes[kind]["documents"])
-            for kind in changes
-            if kind.startswith("redact/")
-        )
+        examples = "".join(self._examples(kind, changes[kind]["documents"]) for kind in changes)
         note = (
             '<p class="muted">Examples show the text after redaction, and of the value that was '
             "there at most its first characters.</p>"

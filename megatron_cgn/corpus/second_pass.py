@@ -33,6 +33,7 @@ STAGE = "write"
 PIECES = ("train", "validation", "dropped")
 
 _CONTEXT_CHARS = 40
+_CUT = "decontaminate/cut"
 
 
 class SecondPass:
@@ -90,6 +91,17 @@ class SecondPass:
         if redacted.text is None:
             return redacted
         cut = self._steps.decontaminate(_document(row, redacted.text))
+        key = tallies.key_of(document.id)
+        if cut.text is not None and cut.evidence is not None and tallies.wanted(tally, _CUT, key):
+            tallies.add_example(
+                tally,
+                _CUT,
+                key=key,
+                id=document.id,
+                source=document.source,
+                evidence=cut.evidence,
+                excerpt="",
+            )
         return Outcome(
             text=cut.text,
             reason=cut.reason,

@@ -54,6 +54,14 @@ class Work:
         """Make the directory, for its owner alone, if it is not there."""
         self.root.mkdir(mode=0o700, exist_ok=True)
 
+    def discard(self) -> None:
+        """Remove the directory: at once as far as a later run can see."""
+        old = self.root.with_name(f"{self.root.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.root.exists():
+            self.root.rename(old)
+            shutil.rmtree(old)
+
     def path(self, stage: str, index: int | None = None) -> Path:
         """Where a result is, or will be: of a stage, or of a part of a stage."""
         if index is None:
@@ -99,7 +107,11 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    try:
+        beside.write_text(text, encoding="utf-8")
+    except UnicodeEncodeError:  # the name of a file may be no valid text
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     sync(beside)
     beside.rename(path)
 

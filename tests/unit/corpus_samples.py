@@ -2,10 +2,12 @@
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zstandard
 
 PARAGRAPH = (
@@ -39,10 +41,10 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object] | str]) -> Path:
     return path
 
 
-def read_shards(folder: Path) -> list[dict[str, Any]]:
+def read_shards(folder: Path, pattern: str = "*.jsonl.zst") -> list[dict[str, Any]]:
     """Rows of all ``.jsonl.zst`` files of a folder, by a reader that stops after one frame."""
     rows = []
-    for path in sorted(folder.glob("*.jsonl.zst")):
+    for path in sorted(folder.glob(pattern)):
         with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
             rows += [json.loads(line) for line in io.TextIOWrapper(reader, encoding="utf-8")]
     return rows
@@ -55,3 +57,10 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def no_fsync() -> Iterator[None]:
+    """Only a machine that fails loses what was not synced; none does in these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield

@@ -52,10 +52,11 @@ def read_pdf(path: str) -> str:
         raise ConfigError(
             "PDF needs the package pypdfium2: install 'megatron-cgn[corpus]'."
         ) from error
-    with open(path, "rb"):
-        pass  # the library says "file access error" whatever the reason
+    with open(path, "rb") as file:  # the library says "file access error" whatever the reason
+        # Nor does it open a file whose name is no valid text.
+        source = path if _is_text(path) else file.read()
     try:
-        with pypdfium2.PdfDocument(path) as document:
+        with pypdfium2.PdfDocument(source) as document:
             pages = [_page_text(document, number) for number in range(len(document))]
     except pypdfium2.PdfiumError as error:
         if "assword" in str(error) or "ecurity" in str(error):
@@ -67,6 +68,14 @@ def read_pdf(path: str) -> str:
             "no_text", f"no text in any of its {len(pages)} pages: a scan. Recognise its text first"
         )
     return text
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _page_text(document: "object", number: int) -> str:
