@@ -101,11 +101,14 @@ class Rows:
         if len(self._parts) == 1:
             return self._parts[0][indices]
         rows = np.empty((len(indices), self._parts[0].shape[1]), dtype=np.uint32)
-        part_of = np.searchsorted(self._ends, indices, side="right")
-        for part in np.unique(part_of):
-            here = part_of == part
+        order = np.argsort(indices, kind="stable")
+        in_order = indices[order]
+        # Between which of them each part's documents are.
+        cuts = np.searchsorted(in_order, np.concatenate(([0], self._ends)))
+        for part in np.flatnonzero(cuts[1:] > cuts[:-1]):
+            here = slice(cuts[part], cuts[part + 1])
             begin = self._ends[part] - len(self._parts[part])
-            rows[here] = self._parts[part][indices[here] - begin]
+            rows[order[here]] = self._parts[part][in_order[here] - begin]
         return rows
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
