@@ -51,9 +51,12 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
             if several:
                 _explain(axis, len(several))
         partial = path.with_suffix(".partial.png")
-        figure.savefig(partial, dpi=120)
-        pyplot.close(figure)
-    partial.replace(path)
+        try:
+            figure.savefig(partial, dpi=120)
+            partial.replace(path)
+        finally:
+            pyplot.close(figure)
+            partial.unlink(missing_ok=True)
 
 
 def _sources(records: Sequence[dict[str, Any]], prefix: str, suffix: str) -> list[str]:
