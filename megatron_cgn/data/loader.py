@@ -6,7 +6,7 @@ sequences consumed. Nothing depends on how many ranks read, except which of them
 
 import functools
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -75,8 +75,12 @@ class SequentialLoader:
         total = len(self._dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
         return max(0, total - self.consumed_sequences) // self._global_batch_size
 
-    def __iter__(self) -> Iterator[list[TokenBatch]]:
-        """Yield the micro-batches of each step, from the current position to the end."""
+    def __iter__(self) -> Generator[list[TokenBatch]]:
+        """Yield the micro-batches of each step, from the current position to the end.
+
+        Close it rather than leave it to the collector. Its worker processes ignore the signal by
+        which Python ends those that are left at exit, so Python would wait for them for ever.
+        """
         steps = self.steps_left
         share = self._global_batch_size // self._dp_size
         micro_batches = iter(

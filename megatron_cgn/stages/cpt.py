@@ -4,6 +4,7 @@ Wiring only: the batch source is a blend, the objective is the next token, valid
 byte of every source.
 """
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -130,7 +131,8 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         num_workers=run.data.num_workers,
         eod_id=eod_id,
     )
-    trainer.fit(iter(loader), callbacks)
+    with contextlib.closing(iter(loader)) as steps:
+        trainer.fit(steps, callbacks)
 
 
 def _validation_loaders(
