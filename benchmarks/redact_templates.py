@@ -1,15 +1,20 @@
 """Templates of the labelled set of `redact.py`: what nuclear and renewables documents look like.
 
 ``DEVELOPMENT`` was looked at while the detectors were written. ``SECOND`` was held back until they
-were thought to be good; measured on it once, it joined the development. ``FINAL`` was written after
-that and serves the published figures only. A slot such as ``{mobile}`` is drawn by
-`redact_values.Values`; the slots of ``KINDS`` have to be found, all else has to stay.
+were thought to be good; measured on it once, it joined the development, and so did ``THIRD`` after
+it. ``FINAL`` was written after that and serves the published figures only. A slot such as
+``{mobile}`` is drawn by `redact_values.Values`; the slots of ``KINDS`` have to be found, all else
+has to stay.
 """
+
+UNANNOUNCED = "name, not announced"
+"""Names that no label, title or column announces: beyond what is promised, and counted apart."""
 
 KINDS = {
     "name": "name",
     "spaced_name": "name",
     "english_name": "name",
+    "loose_name": UNANNOUNCED,
     "id_card": "id_card",
     "old_id_card": "id_card",
     "credit_code": "credit_code",
@@ -146,13 +151,14 @@ SECOND = (
     "主持人：{not_name}；作者：{not_name}；编写：{department}",
 )
 
-FINAL = (
+THIRD = (
     # Emergency preparedness and operation.
     "应急演习签到：总指挥 {name}，副总指挥：{name}，通讯员{name}（手机 {mobile}）。",
     "交接班记录\n交班值长：{name}　接班值长：{name}\n{system}运行正常，{tag} 流量 {setpoint}。",
-    "{date} 主控室接到{department}{name}电话，称 {tag} 漏水，已派{name}前往查看。",
+    "{date} 主控室接到{department}{loose_name}电话，称 {tag} 漏水，已派{name}前往查看。",
     "现场见证：{name}；{date}；见证意见：{not_name}。联系 {phone}",
-    "辐射工作许可证（RWP）申请单位：{department}；负责人 {name}；授权进入人员：{name}、{name}、{name}",
+    "辐射工作许可证（RWP）申请单位：{department}；"
+    "负责人 {name}；授权进入人员：{name}、{name}、{name}",
     "大修指挥部值班安排：{date}白班 {name}（{mobile}），夜班 {name}（{mobile}）",
     "隔离执行人：{name}\n隔离确认人：{name}\n隔离点：{tag}、{tag}",
     # Photovoltaics and wind.
@@ -171,11 +177,11 @@ FINAL = (
     "法人代表：{name}\n"
     "业务联系人：{name}　{mobile}　{email}",
     "付款信息：户名 {company}，开户银行 建设银行，银行账号 {bank_card}，税号{credit_code}",
-    "退款请打到本人卡上：{bank_card}，{name}，谢谢！电话 {mobile}",
+    "退款请打到本人卡上：{bank_card}，{loose_name}，谢谢！电话 {mobile}",
     "评标委员会成员：{name}（组长）、{name}、{name}，监督人：{name}",
     "招标咨询请致电 {phone} 或 {phone}，邮件 {email}。",
     # Letters and English papers.
-    "此致\n敬礼\n{department} {name}\n{date}\n电话：{phone}  传真：{phone}",
+    "此致\n敬礼\n{department} {loose_name}\n{date}\n电话：{phone}  传真：{phone}",
     "Best regards,\n{english_name}\nSenior Engineer\nTel.: {foreign_phone}\nE-mail: {email}",
     "Non-conformance report {part}. Reported by {english_name} on {date}; inspector: "
     "{english_name}.",
@@ -195,4 +201,44 @@ FINAL = (
     "抽样坐标 {place}；样品 {wrong}；{digest}",
     "Responsible: {not_english_name}. Reviewed by: {not_english_name}. Refer to {version}, {book}.",
     "设备台账\t编码\t投运日期\n{tag}\t{part}\t{date}\n{tag}\t{part}\t{date}",
+)
+
+FINAL = (
+    "【设备缺陷单】填写人：{name}；缺陷设备 {tag}；处理单位{department}；消缺人员：{name}、{name}",
+    "十、参加本次根本原因分析的人员有{loose_name}、{loose_name}，组长由{name}担任。",
+    "受检单位陪同人：{name}（{mobile}）　检查组组长：{name}",
+    "吊装指挥：{name}　司索工：{name}　吊车 {plate}　作业日期 {date}",
+    "巡盘记录：{tag} {setpoint}，{tag} {setpoint}，无异常。主操纵员：{name}，副操纵员：{name}",
+    "经手人：{name}　领料人：{name}　{order}　备件 {part}",
+    "质量计划见证点 H：{name}（签字）　{date}　执行标准 {book}",
+    "培训教员：{name}；受训人：{name}、{name}；考核结果：{not_name}",
+    "| 岗位 | 姓名 | 联系电话 | 电子邮箱 |\n"
+    "|---|---|---|---|\n| 站长 | {name} | {mobile} | {email} |\n"
+    "| 值班员 | {name} | {mobile} | {email} |",
+    "房间\t入住人\t身份证号\t车牌\n"
+    "{count}01\t{name}\t{id_card}\t{plate}\n{count}02\t{name}\t{id_card}\t{plate}",
+    "申诉人{name}，男，身份证号{id_card}，电话{mobile}，住宿舍 {count} 栋。",
+    "会后{loose_name}留下与{department}讨论 {tag} 的问题。",
+    "根据{name}主任的要求，{name}工程师于{date}更换了 {part}。",
+    "叉车驾驶员：{name}，证号 {id_card}，紧急联系电话 {phone}",
+    "报销人 {name}，开户行工行，卡号{bank_card}，手机 {mobile}",
+    "买受人：{company}　统一代码 {credit_code}　"
+    "委托代理人：{name}　电话：{phone}　账号：{bank_card}",
+    "承包商{company}（{credit_code}）项目负责人{name}，邮箱{email}，传真{phone}。",
+    "出差人员：{name}、{name}；护照号：{passport}、{passport}；邀请方电话 {foreign_phone}",
+    "值班表：周一 {loose_name}，周二 {loose_name}；应急电话 {phone}，内线 {local_phone}",
+    "摄像机 {ip}，物理地址 {mac}，管理员 {name}，口令请问 {email}",
+    "数据库主机 {ip} 与 {ip} 之间网络中断，{date}恢复，{digest}",
+    "Event report by {english_name}, shift supervisor: {english_name}; phone {foreign_phone}.",
+    "Approved by: {english_name} on {date}. Originator: {not_english_name}.",
+    "Kind regards,\n{english_name}\nMobile: {mobile}\nEmail: {email}",
+    "Dr. {english_name} and Mrs. {english_name} inspected {tag}; passport {passport}; car {plate}.",
+    # Nothing to be found.
+    "{tag}、{tag} 切换试验合格，压力 {setpoint}，温度 {setpoint}，参照 {book} 第{version}。",
+    "责任单位：{not_name}；签发：{not_name}；执行人：{not_name}；备注：{not_name}",
+    "{job}负责审查，{job}负责批准；{department}人员应于{date}前完成整改。",
+    "库存\t{figures}\n{figures}\n{order}\n{order}",
+    "型号 {part}，出厂编号 {part}，{book}，版本 {version}",
+    "哈希 {digest}；坐标 {place}；{code}；记录 {wrong}",
+    "Inspector: {not_english_name}; contact: {not_english_name}; {order}; {part}; {figures}",
 )

@@ -203,6 +203,10 @@ class Values:
             name = self.random.choice(_COMPOUND) + name[-1]
         return name
 
+    def loose_name(self) -> str:
+        """A Chinese name that nothing announces."""
+        return self.name()
+
     def spaced_name(self) -> str:
         """A Chinese name of two characters, set apart to the width of three."""
         name = str(self._chinese.last_name())[:1] + str(self._chinese.first_name())[:1]

@@ -14,9 +14,10 @@ from megatron_cgn.corpus.redact import Redactor
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from redact import CHECKSUMMED, Score, draw, report, score  # noqa: E402
-from redact_templates import DEVELOPMENT, KINDS, LOOK_ALIKES, SECOND  # noqa: E402
+from redact_templates import DEVELOPMENT, KINDS, LOOK_ALIKES, SECOND, THIRD, UNANNOUNCED  # noqa: E402
 
-SAMPLES = list(draw(DEVELOPMENT + SECOND, seed=11, documents=700))
+SEEN = DEVELOPMENT + SECOND + THIRD
+SAMPLES = list(draw(SEEN, seed=11, documents=900))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def result() -> Score:
     return score(Redactor(RedactConfig()), SAMPLES)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS.values())))
+@pytest.mark.parametrize("kind", sorted(set(KINDS.values()) - {UNANNOUNCED}))
 def test_recall_and_precision(result: Score, kind: str) -> None:
     slots = [slot for slot in KINDS if KINDS[slot] == kind]
     marked = sum(result.marked[slot] for slot in slots)
@@ -51,8 +52,8 @@ def test_the_score_sees_what_is_missed_and_what_is_wrong(result: Score) -> None:
 
 
 def test_a_seed_gives_the_same_set() -> None:
-    assert list(draw(DEVELOPMENT + SECOND, seed=11, documents=20)) == SAMPLES[:20]
-    assert list(draw(DEVELOPMENT + SECOND, seed=12, documents=20)) != SAMPLES[:20]
+    assert list(draw(SEEN, seed=11, documents=20)) == SAMPLES[:20]
+    assert list(draw(SEEN, seed=12, documents=20)) != SAMPLES[:20]
 
 
 def test_the_report_has_a_row_a_kind(result: Score) -> None:

@@ -135,6 +135,7 @@ TITLES = longest_first(
 """Titles that follow a name, and label one before a colon."""
 
 ENGLISH_LABELS = frozenset(
+    "visitor guest host driver trainee student teacher witness holder "
     "name contact person author authors author(s) attn attention signature engineer manager "
     "supervisor operator inspector attendees participants present chair chairman chairperson "
     "representative sender recipient cardholder employee patient responsible surname".split()

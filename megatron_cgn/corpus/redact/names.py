@@ -31,7 +31,11 @@ from megatron_cgn.corpus.redact.view import MASKED, Span, View
 
 # Forms spread short labels to the width of long ones.
 _SPREAD = "姓 {1,8}名|编 {1,8}制|审 {1,8}核|校 {1,8}[核对]|批 {1,8}准|作 {1,8}者|联 ?系 ?人"
-_ROLE = rf"(?:{TITLES}|{ROLES}|{_SPREAD})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
+# What most labels of persons end in, also those nobody thought of.
+_ENDS = "成员|人员?|[员者]|姓名|指挥|代表|[长师]"
+_ROLE = (
+    rf"(?:{TITLES}|{ROLES}|{_SPREAD}|{_ENDS})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
+)
 _LABEL = re.compile(
     # Asterisks: Markdown sets labels in bold type.
     rf"{_ROLE}(?:[ ]?\([^()\n]{{0,12}}\))?\*{{0,2}}"
@@ -39,7 +43,9 @@ _LABEL = re.compile(
     r"[ \t]{0,4}\r?\n[ \t|]{0,4}|)"
 )
 # Of the labels, those that are a person and no activity.
-_PERSON = re.compile(r"(?:[人员者长师]|代表|经理|主任|姓名|专责|司机|户名)\Z")
+_PERSON = re.compile(r"(?:[人员者长师工]|指挥|代表|经理|主任|姓名|专责|司机|户名)\Z")
+_GENERIC = re.compile("人员?|[员者长师]")
+_SAFE = re.compile(SAFE)
 _WORD_ENDS = re.compile(f"[^{HAN}]|$|{TITLES}")
 _NEXT = re.compile(
     r"(?:[ ]?\([^()\n]{0,20}\))?(?:[ ]?(?:,? and |[、,;/&]|和|及|与)[ ]?(?:and )?|[ ]{1,4})?"
@@ -52,12 +58,20 @@ _ANY_LABEL = re.compile(
     rf":[ *]{{0,2}}(?={SAFE})(?P<name>{FULL_NAME})"
     r"(?=[ *]{0,3}[,;。、()\n]|[ *]{0,3}\Z| {2})"
 )
+# A name before the telephone in brackets.
+_CALLED = re.compile(rf"(?<![{HAN}]){FULL_NAME}(?=[ ]?\((?:\+?86|1[3-9][0-9]|0[0-9]{{2,3}}-))")
 _BY = re.compile(
-    rf"由({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|汇报|提出|完成|组织|操作|监护|保管)"
+    rf"(?:由|任命|聘任|指派|委派|已派|安排|通知)({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|"
+    r"汇报|提出|完成|组织|操作|监护|保管|为|任|前往|到场|参加|处理)"
+)
+_REGARDS = re.compile(
+    r"(?:[Rr]egards|[Ss]incerely|[Rr]espectfully|Yours),?[ ]?"
+    r"\r?\n\s{0,4}(?=[A-Z])"
 )
 _SAYS = re.compile("指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达")
 _HEADING = re.compile(
-    rf"[* ]*{_ROLE}[* ]*|[* ]*(?:[A-Z][a-z]+ )?(?:[Bb]y|[Aa]uthors?|[Cc]ontact)[* ]*"
+    r"(?:[Rr]egards|[Ss]incerely|[Rr]espectfully|Yours),?[ ]?"
+    r"\r?\n\s{0,4}(?=[A-Z])"
 )
 
 _MANY_NAMES = 50
@@ -90,6 +104,9 @@ def _labelled(view: View) -> Iterator[Span]:
                 continue
             if not match["gap"] and text[start] in NOT_SURNAMES:
                 continue
+            # 人员高效 is no person: less common surnames need a space or a known label.
+            if not match["gap"] and _GENERIC.fullmatch(match[0]) and not _SAFE.match(text, start):
+                continue
             if _WORD_ENDS.match(text, end):
                 yield name_span(text, start, end)
 
@@ -99,6 +116,8 @@ def _labelled_english(view: View) -> Iterator[Span]:
     for match in _ENGLISH_SIGN.finditer(text):
         if _english_label(text, match.end() if match[0][0] in "yY" else match.start()):
             reached = yield from _list(text, match.end(), single=match.end() < reached)
+    for match in _REGARDS.finditer(text):
+        yield from _list(text, match.end(), single=True)
     for match in _ENGLISH_TITLE.finditer(text):
         if is_person(match[1].split()[0]):
             yield name_span(text, match.start(1), match.end(1))
@@ -179,6 +198,9 @@ def _acting(view: View) -> Iterator[Span]:
     for match in _BY.finditer(text):
         if _sure(match[1]):
             yield name_span(text, match.start(1), match.end(1))
+    for match in _CALLED.finditer(text):
+        if _sure(match[0]):
+            yield name_span(text, match.start(), match.end())
     for match in _SAYS.finditer(text):
         end = match.start()
         for start in range(end - 2, max(end - 5, -1), -1):
