@@ -7,7 +7,7 @@ a permutation too, but the last of them, which alone may reach into the next epo
 ``ceil(E * T / S) - 1`` samples, with T tokens an epoch, are exactly what E epochs hold.
 
 Permutations depend on the seed, the documents' content and the epoch, never on paths or on the
-run. They are kept *block* by block: an epoch, or as many as make 65,536 tokens and a window of a
+run. They are kept *block* by block: an epoch, or as many as make 4 million tokens and a window of a
 small index. A block lies on disk as two arrays that every process maps; see `blocks.py`.
 """
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
 
-_BLOCK_TOKENS = 1 << 16
+_BLOCK_TOKENS = 1 << 22
 _VERSION = 1
 """Changes with every change of the order, so that caches of another are not read."""
 
