@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -20,6 +21,8 @@ from megatron_cgn.corpus.dedup import (
     Signer,
     banding,
     find_duplicates,
+    load_signatures,
+    save_signatures,
 )
 from megatron_cgn.corpus.dedup import decide as module
 from megatron_cgn.corpus.dedup.lsh import Rows
@@ -358,3 +361,20 @@ def test_unrelated_and_planted_documents() -> None:
     assert kinds[150:] == [Kind.NEAR] * 50
     assert Kind.KEPT.reason is None
     assert (Kind.EXACT.reason, Kind.NEAR.reason) == ("duplicate/exact", "duplicate/near")
+
+
+def test_mapped_files_make_no_difference(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from megatron_cgn.corpus.dedup import lsh
+
+    monkeypatch.setattr(lsh, "_ROWS_TO_HOLD", 1)
+    signatures = random_signatures(5, 300)
+    parameters = Signer(SETTINGS).parameters
+    mapped = []
+    for number, part in enumerate(split(signatures, 0, 1, 40, 40, 200)):
+        directory = tmp_path / str(number)
+        save_signatures(directory, [part], num_documents=len(part), parameters=parameters)
+        mapped.append(load_signatures(directory, parameters=parameters))
+    same(find_duplicates([signatures], SETTINGS), find_duplicates(mapped, SETTINGS))
+    rows = Rows(mapped)
+    wanted = np.random.default_rng(0).integers(0, 300, 1000)
+    np.testing.assert_array_equal(rows.gather(wanted), signatures.minhashes[wanted])
