@@ -140,7 +140,8 @@ def _corpus_file(file: str | Path) -> Path:
     known = CONFIG_DIR / "corpus" / f"{file}.yaml"
     if known.is_file():
         return known
-    names = ", ".join(sorted(p.stem for p in known.parent.glob("*.yaml")))
+    # Those with a dot, such as patterns.example.yaml, are no settings.
+    names = ", ".join(sorted(p.stem for p in known.parent.glob("*.yaml") if "." not in p.stem))
     raise ConfigError(
         f"{file}: there is no such file of settings. Give a YAML file"
         + (f", or one of: {names}." if names else ".")

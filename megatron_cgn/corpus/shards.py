@@ -17,7 +17,7 @@ from megatron_cgn.corpus.work import read_json as _read_json
 
 _LEVEL = 3
 _ROW_GROUP_BYTES = 32 << 20
-_TABLE_ROWS = 100_000
+_TABLE_ROWS = 20_000
 _OUTPUT_FIELDS = ("id", "text", "source", "license", "classification", "hash", "language")
 _DOCUMENT_FIELDS = (
     *("id", "source", "license", "classification", "language"),
