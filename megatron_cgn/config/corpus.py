@@ -63,17 +63,19 @@ class CleanConfig:
     min_common_han_fraction: float = 0.85
     """Fewest ideographs of everyday use among the ideographs, from 50 ideographs on."""
     min_common_bigram_fraction: float = 0.45
-    """Fewest pairs of letters common in English among the pairs of Latin letters, from 200 on."""
+    """Fewest pairs of letters common in English among the pairs of Latin letters that end in a
+    small one, from 100 on and where most of the text is in Latin letters."""
     max_mean_word_length: float = 20.0
-    """Most letters in the mean word of Latin letters, from 200 letters on."""
+    """Most letters in the mean word of Latin letters, from 100 letters on."""
     max_ellipsis_line_fraction: float = 0.4
     """Most lines that end in an ellipsis, from 5 lines on."""
-    max_duplicate_line_fraction: float = 0.6
+    max_duplicate_line_fraction: float = 0.8
     """Most characters in lines that have occurred before in the document, tables left out."""
-    max_top_ngram_fraction: float = 0.4
-    """Most tokens in the most frequent run of 4 tokens (words, or Chinese characters)."""
-    max_duplicate_ngram_fraction: float = 0.8
-    """Most runs of 10 tokens that have occurred before in the document."""
+    max_top_ngram_fraction: float = 0.9
+    """Most tokens in the most frequent run of 4 tokens (words, or Chinese characters), tables left
+    out."""
+    max_duplicate_ngram_fraction: float = 0.9
+    """Most runs of 10 tokens that have occurred before in the document, tables left out."""
     identify_language: bool = True
     """Whether to identify the language, which `languages` needs."""
     languages: tuple[str, ...] = ()

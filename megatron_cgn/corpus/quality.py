@@ -22,7 +22,7 @@ SAMPLE_CHARACTERS = 1 << 20
 """Figures are of the first so many characters: more than a book of 500 pages, in bounded memory."""
 
 _FEW_HAN = 50  # below this shares of characters mean little
-_FEW_LATIN = 200
+_FEW_LATIN = 100
 _FEW_LINES = 5
 _FEW_TOKENS = 50
 _FEW_REPEATS = 5
@@ -197,7 +197,7 @@ def measure(text: str) -> tuple[Figures, npt.NDArray[np.int64]]:
     garbled, first = _mojibake(text)
     ellipses, duplicates = _lines(text)
     common, word_length = _latin(points, kinds)
-    top, repeated = _repetition(points)
+    top, repeated = _repetition(text, points)
     return Figures(
         characters=total,
         letter_fraction=letters / max(total, 1),
@@ -241,9 +241,13 @@ def _latin(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> tupl
         return 1.0, 5.0
     words = num_latin - int((latin[1:] & latin[:-1]).sum())
     index = (points | np.uint32(0x20)) - np.uint32(ord("a"))  # beyond 25 if no ASCII letter
-    pairs = (index[1:] < 26) & (index[:-1] < 26)
+    # Tags and acronyms are no words: 1RCP001PO. So the second letter has to be a small one.
+    pairs = (index[1:] < 26) & (index[:-1] < 26) & (points[1:] >= ord("a"))
     keys = (index[:-1] * np.uint32(26) + index[1:])[pairs]
-    common = float(_bigram_table()[keys].mean()) if len(keys) >= _FEW_LATIN else 1.0
+    # Among ideographs Latin letters are units: mm/s, kPa.
+    is_latin = num_latin > int((kinds == characters.HAN).sum())
+    judged = is_latin and len(keys) >= _FEW_LATIN
+    common = float(_bigram_table()[keys].mean()) if judged else 1.0
     return common, num_latin / words
 
 
@@ -259,8 +263,10 @@ def _lines(text: str) -> tuple[float, float]:
     return ellipses / len(lines), again / max(sum(map(len, lines)), 1)
 
 
-def _repetition(points: npt.NDArray[np.uint32]) -> tuple[float, float]:
+def _repetition(text: str, points: npt.NDArray[np.uint32]) -> tuple[float, float]:
     """Give the share of the most frequent phrase, and of runs that occurred before."""
+    if "|" in text:
+        points = characters.code_points("\n".join(x for x in text.split("\n") if "|" not in x))
     tokens = ngrams.tokens(points)
     if len(tokens) < _FEW_TOKENS:
         return 0.0, 0.0

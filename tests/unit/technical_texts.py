@@ -3,6 +3,8 @@
 They were written for these tests: no figure or name in them is of a real plant.
 """
 
+import random
+
 PROCEDURE_ZH = """3.2 启动前检查
 
 1. 确认 1RCP001PO 冷却水阀 1RRI031VN 在开启位置。
@@ -113,3 +115,38 @@ ALL = {
     for name, text in globals().items()
     if name.isupper() and isinstance(text, str) and not name.startswith("_")
 }
+
+
+def _lists() -> dict[str, str]:
+    """Draw long lists, whose lines are much alike."""
+    rng = random.Random(0)
+    tag = lambda system, kind: f"{rng.randrange(1, 9)}{system}{rng.randrange(999):03}{kind}"  # noqa: E731
+    quantities = ("轴封泄漏流量", "电机绕组温度", "轴承温度", "油位", "振动")
+    lines = {
+        "records": [
+            f"设备编码：{tag('SEC', 'PO')}    工单号：WO-{rng.randrange(10**8)}\n"
+            f"缺陷：驱动端轴承振动 {rng.random() * 9:.1f} mm/s，超过 7.1 mm/s 报警值。\n"
+            f"处理：更换轴承 6316/C3，复测 {rng.random() * 3:.1f} mm/s，合格。\n"
+            "备件：轴承 2 件；密封圈 1 件\n结论：合格"
+            for _ in range(100)
+        ],
+        "alarms": [
+            f"{tag('RCP', 'AA')} 主泵 {rng.choice('ABC')} {rng.choice(quantities)}高 "
+            f"定值 {rng.randrange(400)} 见卡片 {rng.randrange(90)}"
+            for _ in range(300)
+        ],
+        "steps": [
+            f"{i}. 确认阀门 {tag('RRI', 'VN')} 在开启位置，并在检查单上签字。" for i in range(200)
+        ],
+        "table": ["| 序号 | 设备 | 结果 |", "|---|---|---|"]
+        + [f"| {i} | 阀门 | 合格 |" for i in range(300)],
+        "columns": [f"{i:4}  阀门  合格" for i in range(300)],
+        "log": [
+            f"2023-04-15 08:{i // 60:02}:{i % 60:02} INFO pump A running, flow {rng.randrange(99)}"
+            for i in range(400)
+        ],
+    }
+    return {name: "\n".join(each) for name, each in lines.items()}
+
+
+LISTS = _lists()

@@ -32,6 +32,12 @@ def test_technical_texts_come_through_unchanged(name: str) -> None:
     assert outcome.language == ("en" if name in ("ALARMS_EN", "RST", "ENGLISH") else "zh")
 
 
+@pytest.mark.parametrize("name", technical_texts.LISTS)
+def test_long_lists_survive(name: str) -> None:
+    text = technical_texts.LISTS[name]
+    assert clean(text) == Outcome(text=text, language="en" if name == "log" else "zh")
+
+
 # Kinds that are not dropped reliably: docs/corpus-cleaning.md says so. None may be added silently.
 _SLIPS_THROUGH = {
     "random common ideographs",
@@ -93,7 +99,7 @@ def test_repeated_text_without_lines() -> None:
     sentence = (
         "一回路冷却剂系统由三个并联的环路组成，每个环路有一台蒸汽发生器和一台主泵，热段接稳压器。"
     )
-    outcome = clean(sentence * 12, Cleaner(CleanConfig(max_top_ngram_fraction=1)))
+    outcome = clean(sentence * 20, Cleaner(CleanConfig(max_top_ngram_fraction=1)))
     assert outcome.reason == "clean/repeated_text"
 
 
