@@ -31,8 +31,9 @@ from megatron_cgn.corpus.redact.view import MASKED, Span, View
 
 # Forms spread short labels to the width of long ones.
 _SPREAD = "姓 {1,8}名|编 {1,8}制|审 {1,8}核|校 {1,8}[核对]|批 {1,8}准|作 {1,8}者|联 ?系 ?人"
+# Every branch begins with a letter, no set: else `re` could not skip to candidates.
 # What most labels of persons end in, also those nobody thought of.
-_ENDS = "成员|人员?|[员者]|姓名|指挥|代表|[长师]"
+_ENDS = "成员|人员|姓名|指挥|代表|人|员|者|长|师"
 _ROLE = (
     rf"(?:{TITLES}|{ROLES}|{_SPREAD}|{_ENDS})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
 )
@@ -58,20 +59,22 @@ _ANY_LABEL = re.compile(
     rf":[ *]{{0,2}}(?={SAFE})(?P<name>{FULL_NAME})"
     r"(?=[ *]{0,3}[,;。、()\n]|[ *]{0,3}\Z| {2})"
 )
-# A name before the telephone in brackets.
-_CALLED = re.compile(rf"(?<![{HAN}]){FULL_NAME}(?=[ ]?\((?:\+?86|1[3-9][0-9]|0[0-9]{{2,3}}-))")
 _BY = re.compile(
     rf"(?:由|任命|聘任|指派|委派|已派|安排|通知)({FULL_NAME})(?=负责|编制|审核|批准|主持|担任|牵头|"
     r"汇报|提出|完成|组织|操作|监护|保管|为|任|前往|到场|参加|处理)"
 )
 _REGARDS = re.compile(
-    r"(?:[Rr]egards|[Ss]incerely|[Rr]espectfully|Yours),?[ ]?"
+    r"(?:egards|incerely|espectfully|Yours),?[ ]?"
     r"\r?\n\s{0,4}(?=[A-Z])"
 )
-_SAYS = re.compile("指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达")
+# What a name stands before: a verb, or its telephone in brackets.
+_SAYS = re.compile(
+    "指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达|"
+    r"\((?=\+?86|1[3-9][0-9]|0[0-9]{2,3}-)"
+)
 _HEADING = re.compile(
-    r"(?:[Rr]egards|[Ss]incerely|[Rr]espectfully|Yours),?[ ]?"
-    r"\r?\n\s{0,4}(?=[A-Z])"
+    rf"[* ]*(?:[{HAN}]{{0,6}}(?:{_ENDS})|{_ROLE})[* ]*|"
+    r"[* ]*(?:[A-Z][a-z]+ )?(?:[Bb]y|[Aa]uthors?|[Cc]ontact)[* ]*"
 )
 
 _MANY_NAMES = 50
@@ -198,9 +201,6 @@ def _acting(view: View) -> Iterator[Span]:
     for match in _BY.finditer(text):
         if _sure(match[1]):
             yield name_span(text, match.start(1), match.end(1))
-    for match in _CALLED.finditer(text):
-        if _sure(match[0]):
-            yield name_span(text, match.start(), match.end())
     for match in _SAYS.finditer(text):
         end = match.start()
         for start in range(end - 2, max(end - 5, -1), -1):
