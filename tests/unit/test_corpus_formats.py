@@ -229,6 +229,19 @@ def test_headers_of_most_pages_go_and_of_single_pages_stay() -> None:
     assert text.endswith("附录\n表格")
 
 
+def test_headers_of_chapters_go() -> None:
+    """Each on a few pages of many, left and right pages with other ones."""
+    body = ["甲乙丙丁", "戊己庚辛", "子丑寅卯", "辰巳午未"]
+    pages = []
+    for number in range(40):
+        header = f"第{number // 8}章 概览 {number + 5}" if number % 2 else f"{number + 5} 某手册"
+        lines = [f"{text}{number * 7919 % 101}项。" for text in body]
+        pages.append("\n".join([header, *lines]))
+    text = join_pages(pages)
+    assert "概览" not in text and "手册" not in text
+    assert text.count("\n") == 40 * len(body) - 1
+
+
 def test_a_short_document_keeps_its_lines() -> None:
     assert join_pages(["标题\n正文。", "标题\n其他。"]) == "标题\n正文。\n标题\n其他。"
 

@@ -3,8 +3,9 @@
 The order of the text is the file's own. Tables come out as lines; scanned pages have no text.
 """
 
+import itertools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from math import ceil
 from statistics import quantiles
 
@@ -124,16 +125,30 @@ def _keys(line: str, number: int) -> set[str]:
 
 
 def _repeated(pages: list[list[str]]) -> set[str]:
-    """Keys of lines that most pages have at their top or bottom."""
+    """Keys of lines at the top or bottom: of most pages, or outermost on some in a row."""
     filled = [(number, page) for number, page in enumerate(pages) if page]
     if len(filled) < _MIN_PAGES:
         return set()
     counts: Counter[str] = Counter()
+    outermost: defaultdict[str, list[int]] = defaultdict(list)
     for number, page in filled:
         size = _edge_lines(page)
         edges = page[:size] + page[len(page) - size :]
         counts.update(set().union(*(_keys(line, number) for line in edges)))
-    return {key for key, count in counts.items() if count >= _REPEATED_SHARE * len(filled)}
+        for key in _keys(page[0], number) | _keys(page[-1], number) if size else ():
+            outermost[key].append(number)
+    most = {key for key, count in counts.items() if count >= _REPEATED_SHARE * len(filled)}
+    return most | {key for key, numbers in outermost.items() if _in_a_row(numbers)}
+
+
+def _in_a_row(numbers: list[int]) -> bool:
+    """Whether enough pages follow one another, or are every second: left and right may differ."""
+    run = 1
+    for before, number in itertools.pairwise(numbers):
+        run = run + 1 if number - before <= 2 else 1
+        if run >= _MIN_PAGES:
+            return True
+    return False
 
 
 def _without_edges(page: list[str], number: int, repeated: set[str]) -> list[str]:
