@@ -21,10 +21,10 @@ Flags = npt.NDArray[np.bool_]
 
 # A pair at the threshold meets in at least one band at least this often.
 _RECALL: Final = 0.98
-_PAIRS_AT_ONCE: Final = 1 << 13
+_PAIRS_AT_ONCE: Final = 1 << 11
 _ROWS_AT_ONCE: Final = 1 << 16
 # Rows read from mapped files before their pages are given back. A row may map 16 pages around it.
-_ROWS_TO_HOLD: Final = 1 << 14
+_ROWS_TO_HOLD: Final = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
