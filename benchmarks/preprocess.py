@@ -25,7 +25,7 @@ from preprocess_corpus import write_corpus
 from process_tree import Usage, run_measured
 
 ROOT = Path(__file__).parents[1]
-END = "<|endoftext|>"
+DEMO = ROOT / ".cache/smollm2-135m-instruct"
 OURS, THEIRS, FAST, DATATROVE = "ours", "Megatron-LM", "Megatron-LM fast", "datatrove"
 _DATATROVE = """
 import sys
@@ -48,10 +48,11 @@ if __name__ == "__main__":
 def main() -> None:
     """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--tokenizer", type=Path, required=True, help="Hugging Face directory")
+    parser.add_argument("--tokenizer", type=Path, default=DEMO, help="Hugging Face directory")
     parser.add_argument("--megatron-lm", type=Path, help="checkout of Megatron-LM")
     parser.add_argument("--datatrove-python", type=Path, help="python that has datatrove")
     parser.add_argument("--megabytes", type=float, default=200.0)
+    parser.add_argument("--chinese", type=float, default=0.5, help="share of the documents")
     parser.add_argument("--samples", type=Path, nargs="*", default=[], help="JSONL mixed in")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -75,7 +76,9 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> list[str]:
     """Run the contenders in turn; the lines of the report."""
     corpus = args.directory / "corpus" / "corpus.jsonl"
-    num_bytes = write_corpus(corpus, megabytes=args.megabytes, samples=args.samples)
+    num_bytes = write_corpus(
+        corpus, megabytes=args.megabytes, chinese_share=args.chinese, samples=args.samples
+    )
     tokenizer = copy_tokenizer(args.tokenizer, args.directory / "tokenizer")
     commands = contenders(args, corpus, tokenizer)
     results: dict[str, list[Usage]] = {name: [] for name in commands}
@@ -118,7 +121,7 @@ def contenders(
     if args.datatrove_python is not None:
         parts = split_lines(corpus, args.directory / "parts", args.workers)
         command = [str(args.datatrove_python.absolute()), "-c", _DATATROVE, str(parts)]
-        command += [str(tokenizer / "tokenizer.json"), "output", END, workers]
+        command += [str(tokenizer / "tokenizer.json"), "output", end_of(tokenizer), workers]
         script = args.directory / "run_datatrove.py"
         script.write_text(_DATATROVE)  # its processes are spawned, so it must be a file
         found[DATATROVE] = ([command[0], str(script), *command[3:]], {})
@@ -176,7 +179,7 @@ def grow(args: argparse.Namespace) -> list[str]:
     rows = []
     for megabytes in args.grow:
         corpus = args.directory / "grow.jsonl"
-        write_corpus(corpus, megabytes=megabytes, samples=args.samples, seed=1)
+        write_corpus(corpus, megabytes=megabytes, chinese_share=args.chinese, seed=1)
         command, settings = contenders(
             argparse.Namespace(**{**vars(args), "megatron_lm": None, "datatrove_python": None}),
             corpus,
@@ -223,8 +226,9 @@ def report(
         "# Indexing documents, against the field's own tools",
         "",
         *environment(packages),
-        f"- Corpus: {num_bytes / 1e6:.0f} MB of JSON lines, Chinese and English, made by the "
-        f"script (seed 0{', with samples' if args.samples else ''}); {tokens:,} tokens",
+        f"- Corpus: {num_bytes / 1e6:.0f} MB of JSON lines made by the script (seed 0), "
+        f"{args.chinese:.0%} of the documents Chinese, the others English"
+        f"{', and samples' if args.samples else ''}; {tokens:,} tokens",
         f"- Tokenizer: {args.tokenizer.name}; {args.workers} cores for each",
         f"- Runs: one of warm-up, then {args.repeats}, taking turns; median (lowest–highest)",
         f"- Load average meanwhile: {min(loads):.1f} to {max(loads):.1f}",

@@ -17,7 +17,12 @@ Words = tuple[npt.NDArray[np.object_], npt.NDArray[np.float64]]
 
 
 def write_corpus(
-    path: Path, *, megabytes: float, samples: Sequence[Path] = (), seed: int = 0
+    path: Path,
+    *,
+    megabytes: float,
+    chinese_share: float = 0.5,
+    samples: Sequence[Path] = (),
+    seed: int = 0,
 ) -> int:
     """Write JSON lines: ``id``, ``text``, ``source``, ``license``.
 
@@ -29,6 +34,7 @@ def write_corpus(
     Args:
         path: The file to write.
         megabytes: Its size, in 10^6 bytes.
+        chinese_share: Share of the documents that are Chinese.
         samples: JSONL files with a ``text``, whose documents are mixed in, each once.
         seed: Same seed, same bytes.
 
@@ -44,10 +50,10 @@ def write_corpus(
     with path.open("wb") as stream:
         while size < megabytes * 1e6:
             length = int(np.clip(rng.lognormal(5.5, 1.0), 20, _LONGEST_WORDS))
-            if number % 2:
-                text = " ".join(_draw(rng, english, length))
-            else:
+            if rng.random() < chinese_share:
                 text = _chinese_text(rng, _draw(rng, chinese, 2 * length))
+            else:
+                text = " ".join(_draw(rng, english, length))
             row = {"id": f"{number}", "text": text, "source": "generated", "license": "CC0-1.0"}
             line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
             if given and number % 3 == 0:
