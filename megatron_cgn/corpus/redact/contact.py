@@ -9,7 +9,7 @@ from megatron_cgn.corpus.redact.view import Span, View, last_end
 _TELEPHONE = re.compile(
     r"电 {0,6}话|手 {0,6}机|传 {0,6}真|移动|座机|固话|热线|传真|联系方式|联系人|联络|致电|来电|"
     r"拨打|拨|呼叫|微信|短信|"
-    r"客服|总机|分机|"
+    r"客服|总机|内线|短号|分机|"
     r"值班室|号码(?<!编号码)|"
     r"(?<![a-z])(?:tel|telephone|phone|mobile|mob|cell|fax|call|hotline|contact|whatsapp|wechat|vx|"
     r"ph|[mtf](?=[ ]?:))(?![a-z])",

@@ -141,7 +141,8 @@ ENGLISH_LABELS = frozenset(
     "representative sender recipient cardholder employee patient responsible surname".split()
 )
 ENGLISH_VERBS = frozenset(
-    "prepared reviewed approved checked written signed verified issued compiled authorized "
+    "report authored led prepared reviewed approved checked written signed verified issued "
+    "compiled authorized "
     "authorised submitted inspected performed reported requested drawn tested witnessed recorded "
     "drafted edited chaired presented".split()
 )

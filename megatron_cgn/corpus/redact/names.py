@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 
 from megatron_cgn.corpus.redact.lexicon import (
     COMMON,
+    COMPOUND,
     ENGLISH_LABELS,
     ENGLISH_VERBS,
     NOT_SURNAMES,
@@ -33,7 +34,7 @@ from megatron_cgn.corpus.redact.view import MASKED, Span, View
 _SPREAD = "姓 {1,8}名|编 {1,8}制|审 {1,8}核|校 {1,8}[核对]|批 {1,8}准|作 {1,8}者|联 ?系 ?人"
 # Every branch begins with a letter, no set: else `re` could not skip to candidates.
 # What most labels of persons end in, also those nobody thought of.
-_ENDS = "成员|人员|姓名|指挥|代表|人|员|者|长|师"
+_ENDS = "成员|人员|姓名|指挥|代表|人|员|者|长|师|工"
 _ROLE = (
     rf"(?:{TITLES}|{ROLES}|{_SPREAD}|{_ENDS})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
 )
@@ -44,7 +45,7 @@ _LABEL = re.compile(
     r"[ \t]{0,4}\r?\n[ \t|]{0,4}|)"
 )
 # Of the labels, those that are a person and no activity.
-_PERSON = re.compile(r"(?:[人员者长师工]|指挥|代表|经理|主任|姓名|专责|司机|户名)\Z")
+_PERSON = re.compile(r"(?:[人员者长师]|[员职焊]工|指挥|代表|经理|主任|姓名|专责|司机|户名)\Z")
 _GENERIC = re.compile("人员?|[员者长师]")
 _SAFE = re.compile(SAFE)
 _WORD_ENDS = re.compile(f"[^{HAN}]|$|{TITLES}")
@@ -70,7 +71,7 @@ _REGARDS = re.compile(
 # What a name stands before: a verb, or its telephone in brackets.
 _SAYS = re.compile(
     "指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达|"
-    r"\((?=\+?86|1[3-9][0-9]|0[0-9]{2,3}-)"
+    r"\((?=\+?86|1[3-9][0-9]|0[0-9]{2,3}-|签[字名章])"
 )
 _HEADING = re.compile(
     rf"[* ]*(?:[{HAN}]{{0,6}}(?:{_ENDS})|{_ROLE})[* ]*|"
@@ -108,7 +109,8 @@ def _labelled(view: View) -> Iterator[Span]:
             if not match["gap"] and text[start] in NOT_SURNAMES:
                 continue
             # 人员高效 is no person: less common surnames need a space or a known label.
-            if not match["gap"] and _GENERIC.fullmatch(match[0]) and not _SAFE.match(text, start):
+            generic = not match["gap"] and _GENERIC.fullmatch(match[0])
+            if generic and not _SAFE.match(text, start) and match[0] != "人":
                 continue
             if _WORD_ENDS.match(text, end):
                 yield name_span(text, start, end)
@@ -147,6 +149,9 @@ def _list(text: str, position: int, *, single: bool) -> Generator[Span, None, in
     """
     while True:
         end = name_end(text, position)
+        if end and text[end : end + 1] == ":":
+            # The next label, such as 司索工：, after names set apart by spaces.
+            return position
         if end:
             yield name_span(text, position, end)
         else:
@@ -179,11 +184,11 @@ def _fits_title(text: str, start: int, end: int, title: str) -> bool:
         return common and _word_begins(text, start) and name + title[0] not in WORDS
     if _FULL_NAME.fullmatch(name) is None or not is_person(name):
         return False
-    if name[-1] in "和与及由":
+    if name[-1] in "和与及由" or title == "工" and name[0] not in COMMON:
         return False
     if name[0] in NOT_SURNAMES:
         return not _is_han(text[start - 1 : start]) and name[0] not in "由从向来"
-    return name[0] in COMMON or _word_begins(text, start)
+    return name[0] in COMMON or name[:2] in COMPOUND or _word_begins(text, start)
 
 
 def _word_begins(text: str, position: int) -> bool:

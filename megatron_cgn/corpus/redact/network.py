@@ -32,7 +32,7 @@ _SPELT_DOMAIN = re.compile(
 )
 
 _MACHINE = re.compile(
-    r"ip|地址|网关|子网|服务器|主机|网段|交换机|路由|防火墙|端口|登录|访问|内网|外网|网络|"
+    r"ip|地址|网关|子网|服务器|主机|网段|交换机|路由|防火墙|端口|摄像机|工控机|采集器|交换器|登录|访问|内网|外网|网络|"
     r"(?<![a-z])(?:dns|ping|ssh|ftp|gateway|host|server|address|addr|from|client|remote|proxy|"
     r"telnet|subnet|listen|login|node|https?://)|@\Z",
     re.IGNORECASE,
