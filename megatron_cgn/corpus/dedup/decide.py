@@ -79,7 +79,7 @@ def find_duplicates(
             earlier runs; mapped from files, they are read a block at a time.
         settings: Those of the step; the same that signed.
         prior: Signatures of documents that earlier runs kept: always kept.
-        memory_bytes: For the keys of bands. In all about 130 bytes a document more are in use.
+        memory_bytes: For the keys of bands. About 100 bytes a document more are in use.
 
     Returns:
         The decisions, in order.
