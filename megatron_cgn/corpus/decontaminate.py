@@ -9,6 +9,7 @@ import multiprocessing
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_cgn.config.corpus import DecontaminateConfig
 from megatron_cgn.corpus.document import Document, Outcome
@@ -116,14 +117,20 @@ def _summaries(passages: Sequence[Passage], index: OverlapIndex) -> tuple[Evalua
         files.append(EvaluationFile(path, len(items), len(items - found)))
         # Every worker reads the files; one process tells.
         if len(found) < len(items) and multiprocessing.parent_process() is None:
-            _logger.warning(
-                "%s: %d of %d items are too short, stock phrases or copies of other items: "
-                "documents are not searched for them.",
-                path,
-                len(items - found),
-                len(items),
-            )
+            _tell(path, len(items - found), len(items))
     return tuple(files)
+
+
+@cache
+def _tell(path: str, unmatched: int, items: int) -> None:
+    """Say once how many items are not looked for."""
+    _logger.warning(
+        "%s: %d of %d items are too short, stock phrases or copies of other items: documents are "
+        "not searched for them.",
+        path,
+        unmatched,
+        items,
+    )
 
 
 def _evidence(matches: Sequence[Match], text: str) -> str:
