@@ -125,8 +125,8 @@ def _summaries(passages: Sequence[Passage], index: OverlapIndex) -> tuple[Evalua
 def _tell(path: str, unmatched: int, items: int) -> None:
     """Say once how many items are not looked for."""
     _logger.warning(
-        "%s: %d of %d items are too short, stock phrases or copies of other items: documents are "
-        "not searched for them.",
+        "%s: %d of %d items are too short or nothing but stock phrases: documents are not searched "
+        "for them.",
         path,
         unmatched,
         items,

@@ -67,6 +67,7 @@ class OverlapIndex:
         self._fold = reader.fold
         self.passages = reader.passages
         """The passages indexed, without their texts."""
+        self._copies = reader.copies
         kept = np.flatnonzero(_rare(entries.hashes, entries.owners, max_shared_items))
         order = kept[np.argsort(entries.hashes[kept], kind="stable")]
         self._owners, self._positions = entries.owners[order], entries.positions[order]
@@ -81,10 +82,9 @@ class OverlapIndex:
         self._totals = self._covered_totals(np.array(reader.short_tokens, np.int64))
 
     def searched(self) -> list[Passage]:
-        """Give the passages that have an n-gram to look for."""
-        return [
-            passage for passage, total in zip(self.passages, self._totals, strict=True) if total
-        ]
+        """Give the passages that have an n-gram to look for, and their copies."""
+        owners = [(passage, owner) for owner, passage in enumerate(self.passages)] + self._copies
+        return [passage for passage, owner in owners if self._totals[owner]]
 
     def search(self, text: str, *, min_coverage: float) -> list[Match]:
         """Find the passages of which a text holds enough.

@@ -109,13 +109,15 @@ class PassageReader:
         """What each code point compares as."""
         self.passages: list[Passage] = []
         """The passages read, without their texts."""
+        self.copies: list[tuple[Passage, int]] = []
+        """Passages that are the same as an earlier one, and which."""
         self.short_tokens: list[int] = []
         """Of each, the tokens of texts too short to look for."""
 
     def read(self, passages: Iterable[Passage]) -> Entries:
         """Hash the n-grams of all passages that are long enough and not there already."""
         parts: list[Entries] = []
-        seen: set[bytes] = set()
+        seen: dict[bytes, int] = {}
         for batch in batched(passages, _BATCH_PASSAGES):
             hashes: list[ngrams.Hashes] = []
             owners: list[int] = []
@@ -123,13 +125,17 @@ class PassageReader:
                 long = [run for run in runs if len(run) >= self._min_tokens]
                 key = b"".join(run.tobytes() for run in runs)
                 # One choice among several is often a plain fact: it takes two to know the item.
-                if not long or len(long) < min(2, len(passage.texts)) or key in seen:
+                if not long or len(long) < min(2, len(passage.texts)):
                     continue
-                seen.add(key)
+                where = Passage(passage.file, passage.item, passage.field, ())
+                if key in seen:
+                    self.copies.append((where, seen[key]))
+                    continue
+                seen[key] = len(self.passages)
                 hashes += long
                 owners += [len(self.passages)] * len(long)
                 self.short_tokens.append(sum(map(len, runs)) - sum(map(len, long)))
-                self.passages.append(Passage(passage.file, passage.item, passage.field, ()))
+                self.passages.append(where)
             parts += _hash_runs(hashes, owners, self._ngram_tokens)
         return Entries.joined(parts)
 

@@ -134,7 +134,9 @@ def test_phrases_of_many_items_do_not_condemn(tmp_path: Path) -> None:
 def test_copies_of_an_item_count_once(tmp_path: Path) -> None:
     path = tmp_path / "items.txt"
     path.write_text("\n\n".join([QUESTION_ZH] * 20))
-    assert run(build(str(path)), QUESTION_ZH).text is None
+    step = build(str(path))
+    assert run(step, QUESTION_ZH).text is None
+    assert [(each.items, each.unmatched_items) for each in step.files] == [(20, 0)]
 
 
 def test_short_questions_must_be_there_as_a_whole(tmp_path: Path) -> None:
