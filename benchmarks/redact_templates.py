@@ -1,8 +1,8 @@
 """Templates of the labelled set of `redact.py`: what nuclear and renewables documents look like.
 
-``DEVELOPMENT`` was looked at while the detectors were written. ``SECOND`` was held back until they
-were thought to be good; measured on it once, it joined the development, and so did ``THIRD`` after
-it. ``FINAL`` was written after that and serves the published figures only. A slot such as
+``DEVELOPMENT`` was looked at while the detectors were written. ``SECOND``, ``THIRD`` and ``FOURTH``
+were each written after the one before had been used up, measured once before anything was mended
+(`docs/redaction.md` has those figures too), and then joined the development. A slot such as
 ``{mobile}`` is drawn by `redact_values.Values`; the slots of ``KINDS`` have to be found, all else
 has to stay.
 """
@@ -203,7 +203,7 @@ THIRD = (
     "设备台账\t编码\t投运日期\n{tag}\t{part}\t{date}\n{tag}\t{part}\t{date}",
 )
 
-FINAL = (
+FOURTH = (
     "【设备缺陷单】填写人：{name}；缺陷设备 {tag}；处理单位{department}；消缺人员：{name}、{name}",
     "十、参加本次根本原因分析的人员有{loose_name}、{loose_name}，组长由{name}担任。",
     "受检单位陪同人：{name}（{mobile}）　检查组组长：{name}",
