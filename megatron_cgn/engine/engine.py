@@ -1,49 +1,33 @@
 """The engine: a model and its optimizer on a parallel layout, trained on any objective.
 
-It knows how to take a step, to score without gradients, and to store and restore itself. It does
-not know what is trained on (`stages/`), which loss it is (`objectives/`) or who watches
-(`callbacks.py`).
+It knows how to take a step and to score without gradients; how to store and restore itself is in
+`training_state.py`. It does not know what is trained on (`stages/`), which loss it is
+(`objectives/`) or who watches (`callbacks.py`).
 """
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_cgn.config.schema import RunConfig
-from megatron_cgn.engine import checkpoint as ckpt
-from megatron_cgn.engine import optimizer_state
 from megatron_cgn.engine.forward_step import (
     LOSS,
     ScoringForwardStep,
     TrainingForwardStep,
     sum_reports,
 )
-from megatron_cgn.engine.optim import build_optimizer, leaves, set_rates, wrap_model
+from megatron_cgn.engine.optim import set_rates
 from megatron_cgn.engine.schedule import learning_rate
-from megatron_cgn.errors import CheckpointError
-from megatron_cgn.model.architecture import Architecture
-from megatron_cgn.model.build import build_model, resolve_backend, transformer_config
-from megatron_cgn.model.heads import padded_vocab_size
-from megatron_cgn.model.packing import check_packing
+from megatron_cgn.engine.training_state import TrainingState
 from megatron_cgn.objectives.base import ForwardArgs, Objective
 from megatron_cgn.parallel import cpu
 from megatron_cgn.parallel.context import gather_sequence
 from megatron_cgn.parallel.reduce import sum_over_data
-from megatron_cgn.parallel.seed import rng_state, seed_everything, set_rng_state
-from megatron_cgn.parallel.state import ParallelState
-
-logger = logging.getLogger(__name__)
 
 _SCORED_PER_STAGE = 4
 """Micro-batches that `Engine.score` sends through the pipeline at once, times its stages."""
@@ -71,105 +55,11 @@ class StepReport:
     skipped: bool
 
 
-class Engine:
-    """A model on a parallel layout, and its optimizer.
+class Engine(TrainingState):
+    """Steps and scores on a `TrainingState`.
 
     Every method is collective over all ranks unless it says otherwise.
     """
-
-    def __init__(
-        self,
-        run: RunConfig,
-        architecture: Architecture,
-        state: ParallelState,
-        *,
-        total_steps: int,
-    ) -> None:
-        """Build the model without its weights' values; call `load_weights` or `resume` next.
-
-        Args:
-            run: The whole configuration, validated.
-            architecture: The model.
-            state: This process's place in the layout.
-            total_steps: Steps of the whole run, which the learning-rate schedule spans.
-        """
-        self.run = run
-        self.architecture = architecture
-        self.state = state
-        self.backend = resolve_backend(run.model.backend)
-        if run.data.reset_attention_mask:
-            check_packing(self.backend, cp_size=state.cp_size)
-        self.total_steps = total_steps
-        self.step = 0
-        self.consumed_sequences = 0
-        seed_everything(run.seed, state)
-        self.model_config = transformer_config(
-            architecture,
-            parallel=run.parallel,
-            model=run.model,
-            precision=run.precision,
-            recompute=run.train.recompute,
-        )
-        self._chunks: list[GPTModel] = build_model(
-            architecture,
-            config=self.model_config,
-            groups=state.groups,
-            seq_length=run.data.seq_length,
-            make_vocab_size_divisible_by=run.model.make_vocab_size_divisible_by,
-            backend=self.backend,
-            seed=run.seed if run.model.init == "random" else None,
-        )
-        self._wrapped: list[DistributedDataParallel] = []
-        self._optimizer: Any = None
-        self._gather_pending = False
-        self._optimizer_steps = 0
-
-    @property
-    def chunks(self) -> list[GPTModel]:
-        """This rank's model chunks, with every weight up to date.
-
-        Collective over dp_cp after a step with ``overlap_param_gather``, which otherwise leaves
-        the other data-parallel ranks' share of the weights to the next forward pass.
-        """
-        if self._gather_pending:
-            self._gather_pending = False
-            with torch.no_grad():
-                for wrapped in self._wrapped:
-                    wrapped.start_param_sync(force_sync=True)
-        return self._chunks
-
-    def prepare_training(self) -> None:
-        """Wrap the model for data parallelism and build the optimizer from its weights.
-
-        Call it once, after the weights have their values: master weights are copied here.
-        """
-        self._wrapped = wrap_model(
-            self.chunks,
-            config=self.model_config,
-            parallel=self.run.parallel,
-            precision=self.run.precision,
-            state=self.state,
-        )
-        self._optimizer = build_optimizer(
-            self._wrapped,
-            optim=self.run.optim,
-            parallel=self.run.parallel,
-            precision=self.run.precision,
-            params_dtype=self.model_config.params_dtype,
-            micro_batch_tokens=self.run.train.micro_batch_size * self.run.data.seq_length,
-        )
-        self.model_config.finalize_model_grads_func = finalize_model_grads
-        self.model_config.grad_scale_func = self._optimizer.scale_loss
-        if self.run.parallel.overlap_grad_reduce:
-            no_syncs = [chunk.no_sync for chunk in self._wrapped]
-            syncs = [chunk.start_grad_sync for chunk in self._wrapped]
-            several = len(self._wrapped) > 1
-            self.model_config.no_sync_func = no_syncs if several else no_syncs[0]
-            self.model_config.grad_sync_func = syncs if several else syncs[0]
-        if self.run.parallel.overlap_param_gather and len(self._wrapped) > 1:
-            # Only the interleaved schedule asks; otherwise hooks before each layer gather.
-            gathers = [chunk.start_param_sync for chunk in self._wrapped]
-            self.model_config.param_sync_func = gathers
 
     def train_step[B](
         self, micro_batches: Sequence[B], objective: Objective[B], *, reduce_metrics: bool = True
@@ -299,151 +189,6 @@ class Engine:
             if count or name == LOSS
         }
         return metrics, int(totals[names.index(LOSS)][1])
-
-    def model_state(self) -> ShardedStateDict:
-        """The weights as sharded tensors that share memory with the model; see `chunks`."""
-        if len(self.chunks) == 1:
-            return {"model": self.chunks[0].sharded_state_dict()}
-        return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self.chunks)}
-
-    def save(
-        self,
-        root: Path,
-        *,
-        fit: dict[str, Any],
-        hf_files: Callable[[Path], None],
-        with_optimizer: bool = True,
-    ) -> Path:
-        """Write a checkpoint.
-
-        Args:
-            root: ``checkpoint.dir``.
-            fit: What a run must share with this one to go on from it, by dotted name.
-            hf_files: Writes configuration and tokenizer into a directory; called on rank 0.
-            with_optimizer: Whether training can go on from it exactly.
-
-        Returns:
-            The checkpoint's directory.
-
-        Raises:
-            CheckpointError: On every rank, if it could not be written.
-        """
-        sharded = self.model_state()
-        sharded["rng"] = ckpt.per_rank_object("rng_state", rng_state())
-        has_master = False
-        if with_optimizer:
-            sharded["optimizer"] = optimizer_state.sharded_optimizer_state(
-                self._optimizer, self.model_state(), self.state
-            )
-            sharded["grad_scaler"] = [
-                leaf.grad_scaler.state_dict() if getattr(leaf, "grad_scaler", None) else None
-                for leaf in leaves(self._optimizer)
-            ]
-            has_master = optimizer_state.has_master_weights(self._optimizer)
-        info = ckpt.CheckpointInfo(
-            step=self.step,
-            optimizer_steps=self._optimizer_steps,
-            consumed_sequences=self.consumed_sequences,
-            has_optimizer=with_optimizer,
-            has_master_weights=has_master,
-            layout=self._layout(),
-            fit=fit,
-            vocab_size=self.architecture.vocab_size,
-            padded_vocab_size=padded_vocab_size(
-                self.architecture.vocab_size,
-                multiple=self.run.model.make_vocab_size_divisible_by,
-                tensor_parallel_size=self.state.groups.tp.size(),
-            ),
-            dtype=self.run.precision,
-        )
-        return ckpt.save_checkpoint(
-            root, sharded, info, hf_files=hf_files, keep_last=self.run.checkpoint.keep_last
-        )
-
-    def load_model(self, directory: Path) -> None:
-        """Fill the model, and nothing else, from a checkpoint of any layout.
-
-        Args:
-            directory: A checkpoint directory.
-
-        Raises:
-            CheckpointError: If it is damaged or does not hold this model.
-        """
-        ckpt.check_tensors(directory, ckpt.read_info(directory))
-        self._put_weights(ckpt.load_checkpoint(directory, self.model_state()))
-
-    def resume(self, directory: Path, *, fit: dict[str, Any]) -> None:
-        """Go on exactly where a checkpoint stopped; call it after `prepare_training`.
-
-        Random states return only under the layout that saved them, since they are per rank.
-
-        Args:
-            directory: A checkpoint directory.
-            fit: What this run needs it to share, by dotted name.
-
-        Raises:
-            CheckpointError: If it is damaged or does not fit.
-        """
-        info = ckpt.read_info(directory)
-        ckpt.check_fit(info, fit, directory)
-        if info.step == self.total_steps and not info.has_optimizer:
-            self.load_model(directory)  # nothing is left to train
-            self.step = info.step
-            self.consumed_sequences = info.consumed_sequences
-            return
-        if not info.has_optimizer:
-            raise CheckpointError(
-                f"{directory}: holds no optimizer state (checkpoint.save_optimizer was false), so "
-                "training cannot go on from it. Use it as a starting model instead."
-            )
-        ckpt.check_tensors(directory, info)
-        sharded = self.model_state()
-        sharded["optimizer"] = optimizer_state.empty_optimizer_state(
-            self._optimizer, self.model_state(), with_master=info.has_master_weights
-        )
-        same_layout = dict(info.layout) == self._layout()
-        if same_layout:
-            sharded["rng"] = ckpt.per_rank_object("rng_state", None)
-        elif dist.get_rank() == 0:
-            logger.warning(
-                "%s was written under another layout (%s): random states start anew",
-                directory.name,
-                ", ".join(f"{k}={v}" for k, v in info.layout.items()),
-            )
-        loaded = ckpt.load_checkpoint(directory, sharded)
-        self._put_weights(loaded)
-        exact = dict(loaded["optimizer"])
-        if not info.has_master_weights and optimizer_state.has_master_weights(self._optimizer):
-            masters = optimizer_state.empty_master_weights(self._optimizer, self.model_state())
-            exact |= ckpt.load_checkpoint(directory, masters)
-        optimizer_state.fill_optimizer_state(self._optimizer, exact, info.optimizer_steps)
-        for leaf, scaler in zip(leaves(self._optimizer), loaded["grad_scaler"], strict=False):
-            if scaler is not None and getattr(leaf, "grad_scaler", None):
-                leaf.grad_scaler.load_state_dict(scaler)
-        if same_layout:
-            set_rng_state(loaded["rng"])
-        self.step = info.step
-        self._optimizer_steps = info.optimizer_steps
-        self.consumed_sequences = info.consumed_sequences
-
-    def _put_weights(self, loaded: dict[str, Any]) -> None:
-        """Copy loaded tensors into the model; most were filled in place already."""
-        for index, chunk in enumerate(self.chunks):
-            weights = loaded["model" if len(self.chunks) == 1 else f"model{index}"]
-            # Not strict: backends differ in non-tensor "extra state" that holds nothing here.
-            missing, unexpected = chunk.load_state_dict(weights, strict=False)
-            wrong = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
-            assert not wrong, f"weights and model disagree: {wrong}"
-
-    def _layout(self) -> dict[str, int]:
-        groups = self.state.groups
-        return {
-            "tp": groups.tp.size(),
-            "pp": groups.pp.size(),
-            "vp": len(self._chunks),
-            "cp": groups.cp.size(),
-            "dp": groups.dp.size(),
-        }
 
 
 def _groups[B](batches: Iterable[B], limit: int) -> Iterator[tuple[B, ...]]:
