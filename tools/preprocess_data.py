@@ -60,6 +60,8 @@ def main() -> int:
 
 
 def _index(arguments: argparse.Namespace) -> None:
+    # The encoders' own pools: as many threads as encode here, neither fewer nor more.
+    os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
     with _progress("indexing", total=check_inputs(arguments.input), unit="B") as bar:
         summary = preprocess(
             arguments.input,

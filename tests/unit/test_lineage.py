@@ -186,6 +186,15 @@ def test_an_index_without_lineage_removes_the_old_one(tmp_path: Path, tokenizer_
     assert not (tmp_path / "p.documents.parquet").exists()
 
 
+def test_sidecars_made_before_there_was_a_lineage_are_read(tmp_path: Path) -> None:
+    write_index(tmp_path / "p", [[1, 2]])
+    sidecar = tmp_path / "p.json"
+    content = json.loads(sidecar.read_text())
+    del content["lineage"]
+    sidecar.write_text(json.dumps(content))
+    assert check_index(tmp_path / "p").sidecar.lineage is None
+
+
 def test_a_table_that_is_no_lineage_is_not_replaced(tmp_path: Path) -> None:
     theirs = tmp_path / "p.documents.parquet"
     pq.write_table(pa.table({"text": ["a"]}), theirs)
