@@ -166,7 +166,7 @@ def _without_overlaps(spans: list[Span], length: int) -> list[Span]:
     taken = bytearray(length)
     chosen = []
     for span in spans:
-        if not any(taken[span.start : span.end]):
+        if taken.find(1, span.start, span.end) < 0:
             taken[span.start : span.end] = b"\1" * (span.end - span.start)
             chosen.append(span)
     return sorted(chosen, key=lambda span: span.start)
