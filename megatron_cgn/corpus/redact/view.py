@@ -214,7 +214,8 @@ def _table(starts: list[int], lines: list[str]) -> Iterator[Table]:
     if len(lines) > 1:
         separator = _separator(lines[0])
         end = starts[-1] + len(lines[-1])
-        yield Table(separator, tuple(starts), end, tuple(lines[0].split(separator)))
+        headings = tuple(heading.strip() for heading in lines[0].split(separator))
+        yield Table(separator, tuple(starts), end, headings)
 
 
 def _separator(line: str) -> str:
