@@ -161,7 +161,7 @@ def test_a_full_disk(inputs: Path, expected: dict[str, bytes], small_disk: Path)
     """Told without a traceback, however little room there is; with room the run goes on."""
     words = ("--input", f"domain={inputs}", "--output", small_disk / "corpus", "--workers", "1")
     filler = small_disk / "filler"
-    for free_kib in (0, 40, 400):
+    for free_kib in (0, 300):
         filler.write_bytes(bytes(0))
         room = os.statvfs(small_disk)
         filler.write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - free_kib * 1024)))
