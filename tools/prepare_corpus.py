@@ -189,7 +189,7 @@ def _positive(text: str) -> int:
 
 def _sorted_words(inputs: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
     """Tell settings that follow ``--input`` from inputs: a source's name has no dot."""
-    paths = [word for word in inputs if Path(word).exists() or not _OVERRIDE.match(word)]
+    paths = [word for word in inputs if os.path.exists(word) or not _OVERRIDE.match(word)]
     return paths, [word for word in inputs if word not in paths] + overrides
 
 
@@ -216,7 +216,7 @@ def _sources(inputs: list[str], arguments: argparse.Namespace) -> list[Source]:
     unnamed = arguments.source or _DEFAULT_SOURCE
     named = {arguments.source}
     for word in inputs:
-        match = None if Path(word).exists() else _NAMED.fullmatch(word)
+        match = None if os.path.exists(word) else _NAMED.fullmatch(word)
         name, path = (match[1], match[2]) if match else (unnamed, word)
         paths.setdefault(name, []).append(path)
         named |= {name} if match else set()

@@ -33,9 +33,12 @@ def claimed(output: Path) -> Iterator[None]:
 @contextmanager
 def _made(output: Path) -> Iterator[None]:
     """Make the output directory; take it away again if nothing came into it."""
-    if output.exists() and not output.is_dir():
-        raise DataError(f"{output}: is a file; --output must be a directory.")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be made ({error.strerror}). Choose another --output."
+        ) from error
     try:
         yield
     finally:

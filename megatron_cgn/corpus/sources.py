@@ -144,7 +144,7 @@ def _check_names(sources: Sequence[Source]) -> None:
 
 def _check_given(path: Path, output: Path, given: dict[str, str]) -> None:
     """Refuse what is missing, what is given twice, and what meets the output."""
-    if not path.exists():
+    if not os.path.exists(path):  # also of a name that is too long
         raise DataError(f"{path}: there is no such input. Check the path.")
     real, target = os.path.realpath(path), os.path.realpath(output)
     if real in given:

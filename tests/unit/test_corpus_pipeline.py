@@ -375,6 +375,14 @@ def test_an_output_that_is_in_use(tmp_path: Path) -> None:
     assert tree(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["file", "file/out", "x" * 300])
+def test_an_output_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DataError, match="--output"):
+        _prepare(tmp_path, tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_an_input_without_documents(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b"")
     with pytest.raises(DataError, match="no document"):

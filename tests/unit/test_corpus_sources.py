@@ -82,6 +82,7 @@ def test_a_name_that_is_no_text_becomes_one(tmp_path: Path) -> None:
     ("inputs", "output", "texts"),
     [
         (["missing"], "out", ("missing", "no such input")),
+        (["x" * 300], "out", ("no such input",)),
         (["empty"], "out", ("empty", "nothing to read")),
         (["in/a.png"], "out", ("a.png", "unknown kind")),
         (["in", "in"], "out", ("given twice",)),
