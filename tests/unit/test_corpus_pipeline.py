@@ -18,6 +18,7 @@ from megatron_cgn.config.corpus import (
     DecontaminateConfig,
     DeduplicateConfig,
     ReadConfig,
+    RedactConfig,
     SplitConfig,
     WriteConfig,
 )
@@ -273,6 +274,35 @@ def test_other_settings_start_anew(
     _prepare(tmp_path, tmp_path / "out")
     assert "other settings" in caplog.text and "anew" in caplog.text
     assert tree(tmp_path / "out") == tree(made[0])
+
+
+@pytest.mark.parametrize("what", ["files", "redaction"])
+def test_other_contents_of_the_settings_files_start_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """An evaluation file, or the key of pseudonyms, may change where the settings do not."""
+    exam, key = tmp_path / "exam.jsonl", tmp_path / "key"
+    write_jsonl(exam, [{"question": record(900)}])
+    key.write_text("first" * 8)
+    settings = {
+        "decontaminate": DecontaminateConfig(evaluation_files=(str(exam),)),
+        "redact": RedactConfig(replacement="pseudonym", key_file=str(key)),
+    }
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(pipeline, "publish", killed)
+        _prepare(tmp_path, tmp_path / "out", **settings)
+    plan = (tmp_path / "out" / ".work" / "plan.json").read_text()
+    assert "first" * 8 not in plan
+    if what == "files":
+        write_jsonl(exam, [{"question": record(901)}])
+    else:
+        key.write_text("second" * 8)
+    _prepare(tmp_path, tmp_path / "out", **settings)
+    assert f"other {what}:" in caplog.text
 
 
 def test_other_limits_of_bad_lines_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
