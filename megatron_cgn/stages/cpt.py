@@ -192,14 +192,16 @@ def _describe_change(engine: Engine, blend: Blend, fit: Mapping[str, Any]) -> It
     yield (
         f"the run now has {engine.total_steps:,} steps instead of {steps:,}: the learning rate "
         f"follows the schedule of the new length, and is {new:.3g} at step {engine.step + 1:,} "
-        f"instead of {old:.3g}"
+        + ("as before" if new == old else f"instead of {old:.3g}")
     )
 
 
 def _fit(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that decides which sequences come when, besides the model itself.
+    """Everything that decides which sequences come when and how they are read.
 
-    Of the plan only what has been consumed must stay, hence its own rule.
+    Of the plan only what has been consumed must stay, hence its own rule. Whether documents see
+    one another changes what a loss measures, and the closing table compares the first with the
+    last.
     """
     run = engine.run
     return common.base_fit(
@@ -208,6 +210,7 @@ def _fit(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> dict[st
             "tokenizer": tokenizer.fingerprint(),
             "seed": run.seed,
             "data.seq_length": run.data.seq_length,
+            "data.reset_attention_mask": run.data.reset_attention_mask,
             "train.global_batch_size": run.train.global_batch_size,
             _PLAN: BlendHistory(data.blend),
         },

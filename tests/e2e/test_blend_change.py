@@ -92,6 +92,10 @@ def test_a_changed_run_is_the_planned_one_bit_for_bit(
     )
     assert ended.codes == [2], ended.stderr
     assert "has done 4 steps and this run has only 3" in ended.stderr
+    separated = (f"data.mix={OLD}", "data.reset_attention_mask=true")
+    ended = zygote.run(_arguments(tiny, output, *separated), stderr=tmp_path / "stderr")
+    assert ended.codes == [2], ended.stderr
+    assert "data.reset_attention_mask: checkpoint False, this run True" in ended.stderr
     assert (output / "metrics.jsonl").read_bytes() == before
     assert checkpoints(output) == ["latest", "step_0000002", "step_0000004"]
 
@@ -100,6 +104,7 @@ def test_a_changed_run_is_the_planned_one_bit_for_bit(
     ended = zygote.run(_arguments(tiny, output, phases), stderr=tmp_path / "stderr")
     assert ended.codes == [0], ended.stderr
     assert "the run now has 8 steps instead of 4: the learning rate" in ended.stderr
+    assert "and is 0.001 at step 5 as before" in ended.stderr  # the schedule is constant
     assert _losses(output) == _losses(planned)
     for name in ("blend.json", "checkpoints/step_0000006/blend.json"):
         assert _read(output / name) == _read(planned / name)
