@@ -25,6 +25,7 @@ from megatron_cgn.data.lineage import (
 from megatron_cgn.errors import DataError
 
 _CHECKPOINT_FILE = "checkpoint.json"
+_PARTIAL_SUFFIX = ".partial"  # of a checkpoint that is being written or deleted, or was when killed
 _GROUPED_BY = ("source", "license", "classification")
 
 
@@ -83,7 +84,11 @@ def look_around(directories: Sequence[str | Path]) -> Place:
                 f"documents ({directory}{LINEAGE_SUFFIX}). Check the path."
             )
         for folder, below, names in os.walk(directory):
-            below[:] = sorted(name for name in below if not name.startswith("."))
+            below[:] = sorted(
+                name
+                for name in below
+                if not name.startswith(".") and not name.endswith(_PARTIAL_SUFFIX)
+            )
             for name in sorted(names):
                 if name.endswith(LINEAGE_SUFFIX) and name != LINEAGE_SUFFIX:
                     indexes[os.path.join(folder, name.removesuffix(LINEAGE_SUFFIX))] = None

@@ -1,6 +1,7 @@
 """From raw documents to a checkpoint, and from a document to what consumed it and back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import pytest
 from tiny_files import TinyFiles
 from train_runs import Zygote
 
-from megatron_cgn.data.trace import consumed_documents, trace_document
+from megatron_cgn.data.trace import consumed_documents, look_around, trace_document
 from megatron_cgn.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +145,19 @@ def test_indexes_that_were_moved_are_found_by_their_content(chain: Chain, tmp_pa
         moved.rename(chain.indexes)
 
     assert [{**row, "index": ""} for row in before] == [{**row, "index": ""} for row in after]
+
+
+def test_what_a_killed_save_left_is_not_taken_for_a_run(chain: Chain, tmp_path: Path) -> None:
+    """A save writes its account first, and the file that makes it a checkpoint last."""
+    whole = look_around([chain.run])
+    left = chain.run / "checkpoints" / "step_0000008.partial"
+    left.mkdir()
+    try:
+        shutil.copy(chain.run / "blend.json", left)
+        assert look_around([chain.run]) == whole
+    finally:
+        shutil.rmtree(left)
+    assert whole.runs == (chain.run,) and whole.checkpoints == tuple(chain.checkpoints)
 
 
 def test_what_is_not_there_is_said(chain: Chain, tmp_path: Path) -> None:
