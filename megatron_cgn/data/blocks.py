@@ -23,6 +23,9 @@ from megatron_cgn.data.order import Block, ReadingOrder
 from megatron_cgn.data.sources import Documents
 from megatron_cgn.errors import DataError
 
+HANDLES_PER_INDEX = 7
+"""Open files of an index that is read, since a mapped file stays open: its tokens, lengths and
+places, and two arrays of each of two blocks."""
 _VISIBLE_WITHIN_S = 60.0  # a network file system may show another node's new files late
 
 

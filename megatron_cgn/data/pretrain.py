@@ -1,5 +1,6 @@
 """Pre-training data: a blend of sources to train on, and each source's held-out documents."""
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,20 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.config.schema import DataConfig, RunConfig
 from megatron_cgn.data.blend import Blend, Place
-from megatron_cgn.data.blocks import SampleReader, fill_cache, reading_order
+from megatron_cgn.data.blocks import HANDLES_PER_INDEX, SampleReader, fill_cache, reading_order
 from megatron_cgn.data.boundaries import check_boundaries
 from megatron_cgn.data.plan import plan_run
 from megatron_cgn.data.sources import Source, check_sources
 from megatron_cgn.data.windows import Sample, WindowDataset
 from megatron_cgn.errors import DataError, UserError
 from tokenizer.wrapper import Tokenizer
+
+_HANDLES_AT_LEAST = 128
+"""Open files that a process has besides its data, at the very least."""
+_HANDLES_AT_EASE = 1024
+"""The same with many ranks and loader processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +105,30 @@ def plan_pretraining(run: RunConfig, *, tokenizer: Tokenizer) -> PretrainingPlan
         DataError: If a source is unusable or too small, or does not show where documents end
             though they are to be kept apart.
     """
+    _allow_open_files(run.data)
     sources = check_sources(run.data, tokenizer_fingerprint=tokenizer.fingerprint())
     if run.data.reset_attention_mask:
         check_boundaries(d.index for s in sources for d in (*s.training, *s.validation))
     return PretrainingPlan(sources=sources, blend=plan_run(run, sources))
+
+
+def _allow_open_files(data: DataConfig) -> None:
+    """Raise this process' limit of open files, often 1,024, as far as many indices need."""
+    indices = sum(
+        (len(source.files) or 1) + (source.validation_path is not None) for source in data.sources
+    )
+    least = HANDLES_PER_INDEX * indices + _HANDLES_AT_LEAST
+    wanted = HANDLES_PER_INDEX * indices + _HANDLES_AT_EASE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed < least:
+        raise DataError(
+            f"data.sources: {indices:,} indices need about {least:,} open files, and this system "
+            f"allows a process {allowed:,} (ulimit -Hn). Merge some with tools/preprocess_data.py "
+            "merge, or have the limit raised."
+        )
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def build_pretraining_data(

@@ -1,5 +1,7 @@
 """The training blend: proportions, epochs, order, and a cache that is never stale or half-built."""
 
+import os
+import resource
 from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +19,7 @@ from megatron_cgn.config.schema import (
     TrainConfig,
 )
 from megatron_cgn.data.account import account_of
+from megatron_cgn.data.blocks import HANDLES_PER_INDEX
 from megatron_cgn.data.pretrain import PretrainingData, build_pretraining_data, plan_pretraining
 from megatron_cgn.errors import DataError
 from tests.unit.data_samples import byte_level_tokenizer, numbered_documents, write_index
@@ -309,3 +312,32 @@ def test_files_of_a_source_and_what_they_hold_out(world: World) -> None:
     ]
     assert torch.cat(counted).tolist() == held_out
     assert not {t for row in rows(found) for t in row} & set(held_out)
+
+
+def test_many_indices_need_many_open_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stays mapped; the usual limit of 1,024 is too low for some hundreds."""
+    files = tuple(
+        FileConfig(
+            path=write_index(
+                world.folder / f"part{n}",
+                numbered_documents([SEQ + 1], start=20 * n),
+                fingerprint=world.tokenizer.fingerprint(),
+            )
+        )
+        for n in range(30)
+    )
+    data = DataConfig(sources=(SourceConfig(name="a", files=files),), seq_length=SEQ)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, hard))
+    try:
+        found = world.build_from(data, 30)
+        used = len(os.listdir("/proc/self/fd")) - opened
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(row[0] // 20 for row in rows(found)) == list(range(30))
+    assert 60 < used <= 30 * HANDLES_PER_INDEX
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 300))
+    with pytest.raises(DataError, match=r"30 indices need about 338 open files.* 300 .*merge"):
+        world.build_from(data, 30)
