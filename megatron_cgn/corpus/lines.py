@@ -27,13 +27,15 @@ _PAGE_MARK = re.compile(
     rf"|共\s*{_NUMBER}\s*页\s*[,，/|]?\s*第\s*{_NUMBER}\s*页"
     rf"|{_NUMBER}\s*页?\s*/\s*共?\s*{_NUMBER}\s*页"
     rf"|页[码次]\s*[:：]?\s*{_NUMBER}(?:\s*/\s*{_NUMBER})?"
-    rf"|(?:[-—–]\s*)?(?:page|pg\.)\s*[:.]?\s*{_NUMBER}(?:\s*(?:of|/)\s*{_NUMBER})?(?:\s*[-—–])?"
-    r"|[-—–]{1,2}\s*[0-9]{1,4}\s*[-—–]{1,2}",
+    rf"|(?:[-—–]\s*)?(?:page|pg\.)\s*[:.]?\s*{_NUMBER}(?:\s*(?:of|/)\s*{_NUMBER})?(?:\s*[-—–])?",
     re.IGNORECASE,
 )
 _PAGE_WITHIN = re.compile(
     rf"第\s*([0-9]+)\s*页(?:{_OF})?|\bpage\s*:?\s*([0-9]+)(?:\s*(?:of|/)\s*[0-9]+)?", re.IGNORECASE
 )
+_DASHED = re.compile(r"[-—–]{1,2}\s*([0-9]{1,4})\s*[-—–]{1,2}")
+_ENDS_IN_DASH = re.compile(r"[-—–][^\S\n]*(?:\n|\Z)")
+_FEWEST_LINES = 8  # of a page: numbers in dashes that are closer may be steps
 _FORM_FEED = "\f"
 _WINDOW_LINES = 3  # non-blank lines before and after a page break that may be header or footer
 _FEWEST = 3  # occurrences that make a line a running one, and entries that make a table of contents
@@ -44,10 +46,20 @@ _CONTENTS_HEADING = re.compile(
     r"#*\s*(?:目\s*[录錄次]|(?:table\s+of\s+)?contents)\s*", re.IGNORECASE
 )
 
+# What begins an entry where no heading tells that there is a table of contents.
+_NUMBERED = re.compile(
+    rf"第\s*{_NUMBER}\s*[章节節篇部]|附\s*[录錄件表图]|[表图圖]\s*[0-9A-Z]|[0-9]+(?:\.[0-9]+)*[.、\s]"
+    r"|[一二三四五六七八九十]+\s*[、．.]|(?:chapter|part|section|appendix|figure|table|annex)\b"
+    r"|[A-Z](?:\.[0-9]+)+",
+    re.IGNORECASE,
+)
+_MOST_PAGES = 10  # of an entry on average: set values rise faster
+
 _COPYRIGHT = re.compile(
     r"(?:(?:copyright|版权所有)\s*[:：]?\s*(?:©|\(c\)|（c）)?|©)\s*[:：]?\s*(?:19|20)[0-9]{2}\b.*",
     re.IGNORECASE,
 )
+_LONGEST_NOTICE = 100  # a clause of a contract may end in such words too
 _RESERVED = ("all rights reserved", "保留所有权利", "保留一切权利", "版权所有")
 
 
@@ -82,9 +94,7 @@ def _hinted(lowered: str) -> set[LineKind]:
     kinds: set[LineKind] = set()
     if navigation.hinted(lowered):
         kinds.add("navigation")
-    if "页" in lowered or "pag" in lowered or "\f" in lowered or "-\n" in lowered + "\n":
-        kinds.add("page_numbers")
-    if "—\n" in lowered + "\n" or "–\n" in lowered + "\n" or "pg." in lowered:
+    if any(word in lowered for word in ("页", "pag", "pg.", "\f")) or _ENDS_IN_DASH.search(lowered):
         kinds.add("page_numbers")
     if any(leader in lowered for leader in ("....", "……", "····", ". . .", "．．", "••••", "‥‥")):
         kinds.add("contents")
@@ -120,7 +130,7 @@ def _furniture(
         if not kept_as[i] and (stripped := line.strip()) and len(stripped) <= _LONGEST
     }
     if "page_numbers" in kinds:
-        marks = _page_marks(short)
+        marks = [*_page_marks(short), *_dashed(short, lines)]
         gone |= dict.fromkeys(marks, "page_numbers")
         pages = sorted(gone)
         gone |= dict.fromkeys(_running(short, lines, pages), "running_lines")
@@ -138,7 +148,8 @@ def _furniture(
 
 
 def _is_copyright(line: str) -> bool:
-    return line.rstrip(".。").lower().endswith(_RESERVED) or _COPYRIGHT.match(line) is not None
+    is_notice = len(line) <= _LONGEST_NOTICE and line.rstrip(".。").lower().endswith(_RESERVED)
+    return is_notice or _COPYRIGHT.match(line) is not None
 
 
 def _page_marks(short: dict[int, str]) -> list[int]:
@@ -146,12 +157,7 @@ def _page_marks(short: dict[int, str]) -> list[int]:
     marks = []
     within: dict[str, list[tuple[int, int]]] = {}
     for i, line in short.items():
-        if (
-            "页" in line
-            or line[-1] in "-—–"
-            or "pag" in (lowered := line.lower())
-            or "pg" in lowered
-        ):
+        if "页" in line or "pag" in (lowered := line.lower()) or "pg" in lowered:
             if _PAGE_MARK.fullmatch(line):
                 marks.append(i)
             elif match := _PAGE_WITHIN.search(line):
@@ -162,6 +168,23 @@ def _page_marks(short: dict[int, str]) -> list[int]:
         if len(numbers) >= _FEWEST and all(a + 1 == b for a, b in pairwise(numbers)):
             marks += [i for i, _ in places]
     return marks
+
+
+def _dashed(short: dict[int, str], lines: Sequence[str]) -> list[int]:
+    """Find page numbers in dashes: beside page breaks, or rising by one from page to page."""
+    found = {i: int(m[1]) for i, line in short.items() if (m := _DASHED.fullmatch(line))}
+    places = list(found)
+    if len(found) >= _FEWEST and all(b - a >= _FEWEST_LINES for a, b in pairwise(places)):
+        if all(a + 1 == b for a, b in pairwise(found.values())):
+            return places
+    return [i for i in found if _FORM_FEED in _neighbours(lines, i)]
+
+
+def _neighbours(lines: Sequence[str], place: int) -> list[str]:
+    """Give the nearest lines before and after that are not blank, within a few."""
+    sides = (lines[max(0, place - 4) : place][::-1], lines[place + 1 : place + 5])
+    # `strip` would take a form feed for a blank.
+    return [line for side in sides for line in [x for x in side if x.strip(" \t")][:1]]
 
 
 def _running(short: dict[int, str], lines: Sequence[str], marks: Sequence[int]) -> list[int]:
@@ -197,13 +220,18 @@ def _contents(short: dict[int, str], lines: Sequence[str]) -> list[int]:
     """Find tables of contents: entries in a row with a leader and page numbers that do not fall."""
     gone: list[int] = []
     run: list[int] = []
-    last = 0
+    first = last = 0
 
     def close() -> None:
         if len(run) >= _FEWEST:
-            gone.extend(run)
             above = _beside(short, lines, run[0], -1, set())[:1]
-            gone.extend(i for i in above if _CONTENTS_HEADING.fullmatch(short[i]))
+            heading = [i for i in above if _CONTENTS_HEADING.fullmatch(short[i])]
+            numbered = sum(_NUMBERED.match(short[i]) is not None for i in run)
+            # A list of parameters and their values has leaders too.
+            if heading or (
+                2 * numbered >= len(run) and last - first <= _MOST_PAGES * (len(run) - 1)
+            ):
+                gone.extend(run + heading)
         run.clear()
 
     for i, line in enumerate(lines):
@@ -211,6 +239,7 @@ def _contents(short: dict[int, str], lines: Sequence[str]) -> list[int]:
         if page is not None:
             if page < last:
                 close()
+            first = first if run else page
             run.append(i)
             last = page
         elif line.strip() and line != _FORM_FEED:

@@ -7,28 +7,29 @@ import re
 from collections.abc import Iterable, Mapping
 
 _LONGEST_MENU = 1000  # characters
+_LONGEST_NOTICE = 200  # what is longer is a paragraph that speaks of such things
 _FEWEST_ITEMS = 3  # in one line, or of lines in a row with an item each
 _ALONE = frozenset(
     "返回顶部 返回首页 回到顶部 回到首页 加入收藏 设为首页 网站地图 网站首页 分享到 分享到： "
-    "打印本页 关闭窗口 阅读全文 相关阅读 相关文章 上一篇 下一篇 上一页 下一页 点击查看更多 "
-    "免责声明".split()
+    "打印本页 阅读全文 相关阅读 相关文章 点击查看更多".split()
 ) | {
     "skip to content", "skip to main content", "skip to navigation", "back to top", "go to top",
-    "privacy policy", "cookie policy", "cookie settings", "terms of use", "terms of service",
-    "terms and conditions", "accept all cookies", "accept cookies", "all rights reserved",
+    "cookie settings", "accept all cookies", "accept cookies", "all rights reserved",
     "toggle navigation", "share this page", "print this page", "edit this page", "edit on github",
-    "previous page", "next page", "click here", "read more", "site map", "sitemap",
+    "click here", "read more", "site map", "sitemap",
 }  # fmt: skip
 _AMONG_OTHERS = frozenset(
     "首页 新闻 新闻中心 产品 产品中心 公司简介 关于我们 联系我们 联系方式 帮助 帮助中心 登录 "
     "注册 搜索 论坛 下载 招聘 人才招聘 友情链接 更多 english 中文 简体中文 繁體中文 打印 关闭 "
     "收藏 分享 微信 微博 视频 图片 专题 客户端 手机版 投资者关系 企业文化 社会责任 "
-    "法律声明".split()
+    "法律声明 免责声明 上一篇 下一篇 上一页 下一页 关闭窗口".split()
 ) | {
     "home", "about", "about us", "contact", "contact us", "news", "products", "services", "help",
     "login", "log in", "sign in", "sign up", "register", "search", "menu", "faq", "blog", "careers",
     "support", "download", "downloads", "more", "previous", "prev", "next", "up", "index", "share",
     "print", "facebook", "twitter", "linkedin", "youtube", "instagram", "subscribe", "rss",
+    "privacy policy", "cookie policy", "terms of use", "terms of service", "terms and conditions",
+    "previous page", "next page",
 }  # fmt: skip
 _SEPARATORS = re.compile(r"\s*[|｜·•>»›«<]+\s*|\s{2,}")
 _NAVIGATION = re.compile(
@@ -36,12 +37,13 @@ _NAVIGATION = re.compile(
     r"|javascript (?:is|must be|has been) (?:disabled|enabled|required)"
     r"|subscribe to (?:our|the) newsletter|本(?:网)?站使用.{0,10}cookie"
     r"|请(?:启用|开启|打开).{0,6}javascript|ICP\s*[备證证]\s*\d|公网安备\s*\d"
-    r"|扫(?:一扫|描).{0,10}(?:二维码|关注)|^(?:当前|您(?:现在|当前)?(?:所在)?的?)位置\s*[:：]"
-    r"|^(?:上|下)一(?:篇|页|章)\s*[:：]|^责任编辑\s*[:：].{0,12}$",
+    r"|扫(?:一扫|描|码).{0,12}(?:关注|公众号|微信)|^(?:上|下)一篇\s*[:：]"
+    # A path of pages; the position of a rod or a valve is none.
+    r"|^(?:当前|您(?:现在|当前)?(?:所在)?的?)位置\s*[:：].*(?:首页|主页|[>»›].*[>»›])|^责任编辑\s*[:：].{0,12}$",
     re.IGNORECASE,
 )
 _NAVIGATION_HINTS = tuple(
-    "cookie javascript newsletter icp 安备 扫一扫 扫描 扫码 位置 上一 下一 责任编辑".split()
+    "cookie javascript newsletter icp 安备 扫一扫 扫描 扫码 位置 上一篇 下一篇 责任编辑".split()
 )
 _FIRST_WORD = re.compile(r"[^\s|｜·•>»›«<\[\]()（）【】]+")
 _VOCABULARY = _ALONE | _AMONG_OTHERS
@@ -84,7 +86,8 @@ def find(lines: Mapping[int, str]) -> set[int]:
             found.update(run)
         run = []
         if not line.startswith(("    ", "\t", "|")) and len(stripped) <= _LONGEST_MENU:
-            if _is_notice(stripped) or _is_menu(stripped):
+            is_short = len(stripped) <= _LONGEST_NOTICE
+            if is_short and _is_notice(stripped) or _is_menu(stripped):
                 found.add(i)
     return found.union(run) if len(run) > _FEWEST_ITEMS else found
 

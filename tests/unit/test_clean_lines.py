@@ -29,8 +29,6 @@ def test_tables_code_and_procedures_survive_byte_for_byte(name: str) -> None:
         "页码：3/20",
         "Page 3 of 20",
         "page 3",
-        "- 12 -",
-        "— 12 —",
         "              第 3 页 共 20 页",
         "Copyright © 2011-2024 Example Ltd.",
         "Copyright (c) 2019 Example",
@@ -77,6 +75,22 @@ def test_furniture_goes(line: str) -> None:
         "1.1 | 2.2 | 3.3",
         "扫描电镜观察断口形貌",
         "       Copyright © 2022 Example.  License GPLv3+: GNU",
+        "- 12 -",
+        "--3--",
+        "当前位置：R1 控制棒组在 200 步",
+        "当前位置：P>15.5 MPa",
+        "上一页：见图 3",
+        "下一章：热工水力设计",
+        "上一页",
+        "免责声明",
+        "Terms and conditions",
+        "用手持终端扫描设备二维码，核对编码。",
+        "乙方在本合同及其补充协议的整个履行期间内所完成的设计图纸、计算书、程序及其说明，以及由此派生的一切文件，无论是否交付，"
+        "也无论以何种形式保存，除双方另有书面约定外，均由委托方享有完整的所有权、使用权和处分权，并由其"
+        "登记版权所有。",
+        "The viewer shows trends of all channels of the plant computer; where the browser in use "
+        "refuses scripts the page stays empty, so enable JavaScript for the address of the server, "
+        "restart the browser, log in again and open the trends from the list on the left.",
     ],
 )
 def test_what_only_resembles_furniture_stays(line: str) -> None:
@@ -121,6 +135,26 @@ def test_tables_of_contents_go_and_lists_with_leaders_stay() -> None:
     assert clean(two) == two
 
 
+def test_set_values_with_leaders_are_no_table_of_contents() -> None:
+    values = "冷却剂温度 ........ 292\n出口温度 .......... 328\n设计温度 .......... 343"
+    assert clean(f"设计参数\n{values}\n正文。") == f"设计参数\n{values}\n正文。"
+    numbered = "1 入口温度 ........ 292\n2 出口温度 ........ 328\n3 设计温度 ........ 343"
+    assert clean(numbered) == numbered
+    # The same lines under a heading that says so are one.
+    assert clean(f"目录\n{values}\n正文。") == "正文。"
+
+
+def test_numbers_in_dashes_are_pages_where_they_rise_or_a_page_ends() -> None:
+    bodies = ["\n".join(f"{k}.{i} 确认阀门位置并记录。" for i in range(9)) for k in range(5)]
+    rising = "\n".join(f"{body}\n- {i} -  " for i, body in enumerate(bodies, 7))
+    assert clean(rising) == "\n".join(bodies)
+    assert clean(f"{bodies[0]}\n- 7 -\f{bodies[1]}") == f"{bodies[0]}\n{bodies[1]}"
+    steps = "\n".join(f"- {i} -\n打开阀门" for i in range(1, 9))
+    assert clean(steps) == steps
+    values = "\n".join(f"{bodies[i]}\n- {i} -" for i in (0, 4, 3))
+    assert clean(values) == values
+
+
 def test_menus_down_the_page_go_only_as_a_whole() -> None:
     menu = "Home\nNews\nProducts\nSearch"
     assert clean(f"{menu}\nThe pump is running.") == "The pump is running."
@@ -162,6 +196,7 @@ _LINES = st.sampled_from(
             "规程 第 1 页 A",
         ),
         *("规程 第 2 页 A", "规程 第 3 页 A", "    code", "+---+", "a\fb"),
+        *("- 1 -", "- 2 - ", "\n" * 8 + "- 3 -", "1 总则 .... 1", "2 泵 .... 40", "附录 .... 41"),
     ]
 )
 
