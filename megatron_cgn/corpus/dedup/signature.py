@@ -125,29 +125,35 @@ class Signer:
     def _sign(self, texts: Sequence[str]) -> Signatures:
         """Sign a group of documents, or one of any length."""
         if len(texts) == 1 and len(texts[0]) > PIECE_CHARACTERS:
-            hashes, elements = self._long(texts[0])
-            offsets = np.array([0, len(elements)], dtype=np.int64)
-        else:
-            tokens = tokenize(texts)
-            hashed = token_hashes(tokens)
-            pairs = zip(canonical_bytes(tokens), texts, strict=True)
-            digests = b"".join(_digest(canonical, text) for canonical, text in pairs)
-            exact = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
-            hashes = np.column_stack((exact, *form_and_numbers(tokens, hashed)))
-            elements, offsets = self._elements(tokens, hashed)
+            return self._long(texts[0])
+        tokens = tokenize(texts)
+        hashed = token_hashes(tokens)
+        pairs = zip(canonical_bytes(tokens), texts, strict=True)
+        digests = b"".join(_digest(canonical, text) for canonical, text in pairs)
+        exact = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+        hashes = np.column_stack((exact, *form_and_numbers(tokens, hashed)))
+        return Signatures(hashes, self._minhashes(*self._elements(tokens, hashed)))
+
+    def _minhashes(
+        self, elements: Hashes, offsets: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.uint32]:
         matrix = self._minhash.digest_matrix_from_flat_token_hashes(
             elements,
             offsets.astype(np.uint64),
             self._settings.num_permutations,
             self._settings.seed,
         )
-        return Signatures(hashes, np.array(matrix.to_rows(), dtype=np.uint32))
+        return np.array(matrix.to_rows(), dtype=np.uint32)
 
-    def _long(self, text: str) -> tuple[Hashes, Hashes]:
-        """Hash a document piece by piece: n-grams across a cut are left out."""
+    def _long(self, text: str) -> Signatures:
+        """Sign a document piece by piece: n-grams across a cut are left out.
+
+        The signature of a union of sets is the least of theirs in each place, so that no more than
+        a piece's elements are in memory.
+        """
         hasher, canonical_size = hashlib.blake2b(digest_size=16), 0
         of_pieces: list[Hashes] = []
-        elements: list[Hashes] = []
+        minhashes = np.full((1, self._settings.num_permutations), EMPTY)
         for piece in _pieces(text):
             tokens = tokenize([piece])
             hashed = token_hashes(tokens)
@@ -155,11 +161,12 @@ class Signer:
             hasher.update(canonical)
             canonical_size += len(canonical)
             of_pieces.append(np.column_stack(form_and_numbers(tokens, hashed)))
-            elements.append(self._elements(tokens, hashed)[0])
+            found = self._minhashes(*self._elements(tokens, hashed))
+            np.minimum(minhashes, found, out=minhashes)
         digest = hasher.digest() if canonical_size else _digest(b"", text)
         exact = np.frombuffer(digest, dtype="<u8")
         rest = mix(np.concatenate(of_pieces)).sum(axis=0, dtype=np.uint64)
-        return np.concatenate((exact, rest))[None, :], np.concatenate(elements)
+        return Signatures(np.concatenate((exact, rest))[None, :], minhashes)
 
     def _elements(self, tokens: Tokens, hashed: Hashes) -> tuple[Hashes, npt.NDArray[np.int64]]:
         """Hashes of a document's n-grams, then of its numbers; none if it is too short."""
