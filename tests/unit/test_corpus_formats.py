@@ -242,6 +242,18 @@ def test_headers_of_chapters_go() -> None:
     assert text.count("\n") == 40 * len(body) - 1
 
 
+def test_headers_with_roman_page_numbers_go() -> None:
+    """On the pages before the first chapter, right above the contents' widest entries."""
+    romans = ["i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x", "xi", "xii", "XIII"]
+    entry = "{0}.{1} 主泵轴封检修与试验 . . . . . . . . . . . . . . . . . . {2}"
+    pages = [
+        "\n".join([f"某手册 {roman}", *(entry.format(page, n, 9 * page + n) for n in range(1, 9))])
+        for page, roman in enumerate(romans, start=1)
+    ]
+    entries = [entry.format(page, n, 9 * page + n) for page in range(1, 14) for n in range(1, 9)]
+    assert join_pages(pages) == "\n".join(entries)
+
+
 def test_a_short_document_keeps_its_lines() -> None:
     assert join_pages(["标题\n正文。", "标题\n其他。"]) == "标题\n正文。\n标题\n其他。"
 

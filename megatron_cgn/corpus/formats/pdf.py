@@ -19,7 +19,11 @@ _EDGE_SHARE = 0.25
 _MIN_WIDTH = 40
 _REPEATED_SHARE = 0.5
 _MIN_PAGES = 3
-_DIGITS = re.compile(r"\d+")
+# Roman numerals number the pages before the first chapter; as words of their own and in one case.
+_NUMBER = re.compile(r"\d+|(?<![A-Za-z\d])(?:[ivxlc]{1,9}|[IVXLC]{1,9})(?![A-Za-z\d])")
+_ROMAN = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
+# Ends an entry of a table of contents, however wide it is.
+_LEADER = re.compile(r"(?:[.·…．] ?){4,}\s*[\dIVXLCivxlc]+$")
 _NUMERAL = re.compile(
     r"[\divxlcIVXLC第页共一二三四五六七八九十百/ .·—–-]+|page \d+( of \d+)?", re.I
 )
@@ -117,11 +121,20 @@ def _keys(line: str, number: int) -> set[str]:
     """
     line = " ".join(line.split())
     keys = {line}
-    if numbers := list(_DIGITS.finditer(line)):
+    if numbers := list(_NUMBER.finditer(line)):
         for match in (numbers[0], numbers[-1], numbers[-2 if len(numbers) > 1 else -1]):
-            relative = int(match[0][:9]) - number
+            relative = _value(match[0]) - number
             keys.add(f"{line[: match.start()]}\0{relative}\0{line[match.end() :]}")
     return keys
+
+
+def _value(numeral: str) -> int:
+    """Value of a number in digits, or of a Roman numeral."""
+    if numeral.isdigit():
+        return int(numeral[:9])
+    values = [_ROMAN[letter] for letter in numeral.lower()]
+    following = [*values[1:], 0]
+    return sum(-v if v < after else v for v, after in zip(values, following, strict=True))
 
 
 def _repeated(pages: list[list[str]]) -> set[str]:
@@ -182,7 +195,8 @@ def _join_lines(lines: list[str]) -> str:
             joined[-1] = _join(joined[-1], line)
         else:
             joined.append(line)
-        goes_on = _width(line) >= full and not re.search(r"[。！？；：.!?;:]$", line)
+        ended = re.search(r"[。！？；：.!?;:]$", line) or _LEADER.search(line)
+        goes_on = _width(line) >= full and not ended
     return "\n".join(joined)
 
 
