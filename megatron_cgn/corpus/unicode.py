@@ -41,13 +41,25 @@ _JOINER = re.compile(
     f"[{_JOINERS}](?<![\u0600-\u109f\u1780-\u18af\u2600-\u27bf\ufe0f\U0001f000-\U0001faff].)"
 )
 
-# The Symbol font as Word and PDF writers leave it in the private use area.
-_SYMBOL_FONT = {
-    0xF000 + ord(latin): greek
-    for latin, greek in zip(
-        "abgdezhqiklmnxoprstufcywGDQLXPSFYW", "αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣΦΨΩ", strict=True
-    )
-} | {0xF0B0: "°", 0xF0B1: "±", 0xF0B4: "×", 0xF0B8: "÷", 0xF0A3: "≤", 0xF0B3: "≥", 0xF0B7: "•"}
+# The fonts Symbol and Wingdings as Word and PDF writers leave them in the private use area, at
+# 0xF000 plus the code in the font. Where the two differ, what documents use more.
+_GREEK = zip(
+    "abgdezhqiklmnxoprstufcywGDQLXPSFYWjJvVABEZHIKMNOTUC",
+    "αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣΦΨΩϕϑϖςΑΒΕΖΗΙΚΜΝΟΤΥΧ",
+    strict=True,
+)
+_SIGNS = zip(
+    "-*@\"$'\\^~\xa2\xa3\xa5\xab\xac\xad\xae\xaf\xb0\xb1\xb2\xb3\xb4\xb5\xb6\xb7\xb8\xb9\xba\xbb\xbc"
+    "\xc4\xc5\xc6\xc7\xc8\xce\xcf\xd0\xd1\xd5\xd6\xd7\xdb\xde\xe5\xf2"
+    "o\xa7\xa8\xd8\xe0\xfb\xfc\xfd\xfeR",
+    "−∗≅∀∃∋∴⊥∼′≤∞↔←↑→↓°±″≥×∝∂•÷≠≡≈…⊗⊕∅∩∪∈∉∠∇∏√⋅⇔⇒∑∫□▪□➢→✗✓☒☑☑",
+    strict=True,
+)
+_SYMBOL_FONT = (
+    {0xF000 + ord(same): same for same in " !#%&()+,./0123456789:;<=>?[]_{|}"}
+    | {0xF000 + ord(latin): greek for latin, greek in _GREEK}
+    | {0xF000 + ord(code): sign for code, sign in _SIGNS}
+)
 _PRIVATE = "\ue000-\uf8ff\U000f0000-\U0010ffff"
 # What is replaced beyond the basic plane: italics of formulae, tags, private use.
 _ASTRAL = re.compile(
@@ -55,7 +67,13 @@ _ASTRAL = re.compile(
     "\U000e0000-\U000e0fff\U000f0000-\U0010ffff]"
 )
 _PRIVATE_USE = re.compile(f"[{_PRIVATE}]")
-_PRIVATE_BULLET = re.compile(f"(?m)^([ \t]*)[{_PRIVATE}](?=[ \t])")
+# Before an ideograph only those that Wingdings has for bullets: α射线 begins with a letter.
+_PRIVATE_BULLET = re.compile(
+    f"(?m)^([ \t]*)(?:[{_PRIVATE}](?=[ \t])"
+    "|[\uf06c\uf06e\uf075\uf076\uf09f\uf0a7\uf0b2\uf0b7\uf0d8\uf0f0](?=[\u3400-\u9fff]))"
+)
+# A square to tick in Wingdings 2, and less or equal in Symbol, which has something on its left.
+_BOX = re.compile(r"(?<![\w)）])\uf0a3(?=[ \t]?[\u3400-\u9fff])")
 
 # Ideographs that PDF extraction gives as radicals: EquivalentUnifiedIdeograph.txt of the Unicode
 # Character Database, those of simplified Chinese. NFKC knows only U+2F00–U+2FD5 and two more.
@@ -82,7 +100,8 @@ def normalise(text: str) -> tuple[str, int]:
     text, changed = _strip_terminal(text)
     if _PRIVATE_USE.search(text):
         text, bullets = _PRIVATE_BULLET.subn(r"\1•", text)
-        changed += bullets
+        text, boxes = _BOX.subn("□", text)
+        changed += bullets + boxes
     text, replaced = _replaced().subn(_replacement, text)
     text, astral = _ASTRAL.subn(_replacement, text)
     text, joiners = _JOINER.subn("", text)
@@ -142,7 +161,8 @@ def _mapping() -> dict[str, str]:
     table |= dict(_compatibility()) | _RADICALS
     table |= dict.fromkeys("\u00a0\u1680\u2000\u2001\u202f\u205f\u3000", " ")
     table |= {chr(point): " " for point in range(0x2002, 0x200B)}
-    table |= {"\u2010": "-", "\u2011": "-", "\u00b5": "μ"}
+    # ㏗ is PH in Unicode's table, which nobody writes.
+    table |= {"\u2010": "-", "\u2011": "-", "\u00b5": "μ", "\u33d7": "pH"}
     vertical = "︐︑︒︓︔︕︖︵︶﹐﹑﹒﹔﹕﹖﹗﹙﹚"
     table |= dict(zip(vertical, "，、。：；！？（），、.；：？！（）", strict=True))
     return {character: table[character] for character in table if character not in _JOINERS}

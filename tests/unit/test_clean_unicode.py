@@ -31,6 +31,7 @@ _AWKWARD = st.sampled_from("\r\n\f\x08\x1b\u200d\u061c\u17b4\u0301：1中\uf06e 
         ("e\u0301", "é"),
         ("中︵一︶︐", "中（一），"),
         ("𝑇 = 𝛼ℎ", "T = αh"),
+        ("㏗ 9.2", "pH 9.2"),
     ],
 )
 def test_characters_that_differ_in_looks_only_are_unified(written: str, wanted: str) -> None:
@@ -76,6 +77,18 @@ def test_a_lost_unit_stays_visible() -> None:
     assert normalise("5 \uf06dm, 90\uf0b0, \uf0b13")[0] == "5 μm, 90°, ±3"
     assert normalise("5 \ue123m")[0] == "5 \ufffdm"
     assert normalise("\uf06e item\n  \uf0d8 item")[0] == "• item\n  • item"
+
+
+def test_fonts_of_symbols_are_read_as_what_they_show() -> None:
+    formula = (
+        "\uf044T \uf03d 5 \uf0b4 \uf028\uf031\uf02b\uf065\uf029 \uf0a3 3\uf02d\uf0d6x \uf0ae \uf0a5"
+    )
+    assert normalise(formula)[0] == "ΔT = 5 × (1+ε) ≤ 3−√x → ∞"
+    form = "\uf06c检查\n\uf0d8记录\n\uf0a3合格 \uf0fe 不合格 \uf052是\n\uf061射线 \uf06e"
+    assert normalise(form)[0] == "•检查\n•记录\n□合格 ☑ 不合格 ☑是\nα射线 ν"
+    assert normalise("压力\uf0a3设计值，结论：\uf0a3合格")[0] == "压力≤设计值，结论：□合格"
+    # GBK's own private characters are ideographs that nobody can tell.
+    assert normalise("\ue123某")[0] == "\ufffd某"
 
 
 def test_controls_of_windows_1252_are_read_as_such() -> None:
