@@ -3,7 +3,7 @@
 import json
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ ACCOUNT_FILE = "blend.json"
 MANY_EPOCHS = 4
 """Passes beyond which repeated data teaches little more than none: Muennighoff et al. 2023,
 https://arxiv.org/abs/2305.16264."""
+_MOST_FILE_ROWS = 20
 
 
 def account_of(blend: Blend, *, consumed: int | None = None) -> dict[str, Any]:
@@ -74,17 +75,39 @@ def describe(blend: Blend) -> Iterator[str]:
 
     Yields:
         A table, one line a source or file and phase; then a warning a source that is repeated
-        too often.
+        too often, and one of sources of which nothing is held out.
     """
     account = account_of(blend)
     yield "\n".join(_aligned(_rows(blend, account)))
     for source in account["sources"]:
-        if source["epochs"] > MANY_EPOCHS:
-            yield (
-                f"warning: the source {source['name']!r} is read {source['epochs']:.1f} times; "
-                f"beyond about {MANY_EPOCHS} passes repeated text teaches little. Give it more "
-                "documents or a smaller share."
-            )
+        yield from _repeated(source)
+    unseen = [s["name"] for s in account["sources"] if s["sequences"] and not s["held_out_tokens"]]
+    if unseen:
+        yield (
+            f"warning: nothing is held out of {', '.join(map(repr, unseen))}: nobody will see what "
+            "is learned or forgotten of it. Give a validation_path, or set "
+            "data.validation_fraction."
+        )
+
+
+def _repeated(source: Mapping[str, Any]) -> Iterator[str]:
+    """Warn of a source that is read too often, or else of its files that are."""
+    advice = (
+        f"beyond about {MANY_EPOCHS} passes repeated text teaches little. Give it more documents "
+        "or a smaller share."
+    )
+    if source["epochs"] > MANY_EPOCHS:
+        times = f"{source['epochs']:.1f} times"
+        yield f"warning: the source {source['name']!r} is read {times}; {advice}"
+        return
+    files = [file for file in source["files"] if file["epochs"] > MANY_EPOCHS]
+    if files:
+        most = max(files, key=lambda file: file["epochs"])
+        others = f", and {len(files) - 1:,} other file(s) too often" if files[1:] else ""
+        yield (
+            f"warning: {most['path']} of the source {source['name']!r} is read "
+            f"{most['epochs']:.1f} times{others}; {advice}"
+        )
 
 
 def _rows(blend: Blend, account: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -97,8 +120,7 @@ def _rows(blend: Blend, account: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rows.append(_heading(f"phase {number}", phase["first_step"], phase["last_step"]))
         for source in phase["sources"]:
             rows.append((source["name"], *_cells(source), held_out[source["name"]]))
-            if len(source["files"]) > 1:
-                rows += [(f"  {file['path']}", *_cells(file), "") for file in source["files"]]
+            rows += _file_rows(source["files"])
     if len(phases) > 1:
         rows.append(_heading("all phases", 1, phases[-1]["last_step"]))
     trained = {name for phase in blend.phases for name in phase.shares}
@@ -108,6 +130,13 @@ def _rows(blend: Blend, account: Mapping[str, Any]) -> list[tuple[str, ...]]:
             cells = _cells({**source, "share": share})
             rows.append((source["name"], *cells, held_out[source["name"]]))
     return rows
+
+
+def _file_rows(files: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A line a file, unless there is but one or they would fill the screen."""
+    if len(files) > _MOST_FILE_ROWS:
+        return [(f"  {len(files):,} files: see {ACCOUNT_FILE}", *[""] * 5)]
+    return [(f"  {file['path']}", *_cells(file), "") for file in files if len(files) > 1]
 
 
 def _heading(text: str, first_step: int, last_step: int) -> tuple[str, ...]:
@@ -175,13 +204,13 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
 
 def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
     """Lines of a table: names to the left, figures to the right."""
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
     for first, *figures in rows:
-        left = first + " " * (widths[0] - _width(first))
+        left = first + " " * (widths[0] - text_width(first))
         right = [text.rjust(width) for text, width in zip(figures, widths[1:], strict=True)]
         yield "  ".join([left, *right]).rstrip()
 
 
-def _width(text: str) -> int:
-    """Columns of a terminal: Chinese characters take two."""
+def text_width(text: str) -> int:
+    """Columns that a text takes on a terminal: Chinese characters take two."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

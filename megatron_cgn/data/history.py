@@ -63,14 +63,23 @@ def _shares(before: Blend, now: Blend, consumed: int) -> list[str]:
     if old == new:
         return []
     batch = now.global_batch_size
-    kept = ", ".join(
-        f"{{until: {phase.stop // batch}, mix: {_mix(phase)}}}" for phase in before.clip(consumed)
-    )
     return [
         f"the checkpoint read {_steps(old, batch)}; this run would have read {_steps(new, batch)}. "
+        + _remedy(before.clip(consumed), batch)
+    ]
+
+
+def _remedy(consumed: tuple[Phase, ...], batch: int) -> str:
+    if consumed[0].stop == batch:
+        return (
+            "A phase cannot end at step 1 (until=1 is the whole run), so keep the old plan, or "
+            "start anew in another output_dir"
+        )
+    kept = ", ".join(f"{{until: {phase.stop // batch}, mix: {_mix(phase)}}}" for phase in consumed)
+    return (
         "To change the mix from here on, keep what was consumed as the first phase(s): "
         f"data.phases=[{kept}, {{mix: …}}]"
-    ]
+    )
 
 
 def _steps(phases: tuple[Phase, ...], batch: int) -> str:
@@ -102,7 +111,7 @@ def _files(before: Blend, now: Blend, consumed: int) -> list[str]:
             found.append(f"the source {old.name!r} is gone, of which it has read; restore it")
         elif _content(old) != _content(new):
             found.append(f"the source {old.name!r} {_difference(old, new)}")
-        elif old.held_out != new.held_out:
+        elif old.held_out and old.held_out != new.held_out:
             found.append(
                 f"the source {old.name!r} has other held-out documents, with which its scores "
                 "could not be compared; restore them"

@@ -371,7 +371,9 @@ def test_what_was_consumed_may_not_change() -> None:
     gone = plan(DOMAIN, CODE, iters=100, mix={"domain": 0.8, "code": 0.2})
     assert "the source 'general' is gone" in fault(gone)
     held_out = replace(GENERAL, validation=CODE.training)
-    assert "other held-out documents" in fault(plan(DOMAIN, held_out, iters=100, mix=MIX))
+    with_held_out = plan(DOMAIN, held_out, iters=100, mix=MIX)
+    assert "other held-out documents" in conflict(before, with_held_out, consumed=200)
+    assert fault(with_held_out) == ""  # there was none: nothing to compare with
     assert "does not say which sequences" in (
         BlendHistory(before).conflict({"phases": []}, consumed_sequences=4) or ""
     )
@@ -387,8 +389,10 @@ def test_the_remedy_gives_exactly_the_old_shares() -> None:
     """Thirds have no decimal: the remedy names whole numbers."""
     before = plan(DOMAIN, GENERAL, CODE, iters=9)
     now = plan(DOMAIN, GENERAL, CODE, iters=9, weights={"code": 2.0})
-    message = conflict(now, before, consumed=4)
-    assert "{until: 1, mix: {domain: 1, general: 1, code: 1}}" in message
+    message = conflict(now, before, consumed=8)
+    assert "{until: 2, mix: {domain: 1, general: 1, code: 1}}" in message
+    # A phase cannot say that it ends at step 1.
+    assert conflict(now, before, consumed=4).endswith("start anew in another output_dir")
     kept = plan(
         DOMAIN,
         GENERAL,
@@ -410,7 +414,8 @@ def test_the_plan_is_told_as_a_table_with_a_warning() -> None:
         phases=[(0.9, MIX), (1.0, {"domain": 0.2, "code": 0.8})],
         validation_fraction=0.1,
     )
-    (table,) = describe(blend)
+    table, unseen = describe(blend)
+    assert unseen.startswith("warning: nothing is held out of 'domain', 'general', 'code': nobody")
     assert table.splitlines() == [
         "mix                      share  sequences  tokens  epochs  held out",
         "phase 1: steps 1-90",
@@ -428,9 +433,25 @@ def test_the_plan_is_told_as_a_table_with_a_warning() -> None:
         "核电                      0.0%          0       0    0.00        90",
     ]
     empty = replace(source("held", 0), validation=CODE.training)
-    (table,) = describe(plan(DOMAIN, empty, iters=1, mix={"domain": 1}, validation_fraction=0.9))
+    table, _ = describe(plan(DOMAIN, empty, iters=1, mix={"domain": 1}, validation_fraction=0.9))
     assert table.splitlines()[-1] == "held      0.0%          0       0    0.00        90"
-    table, warning = describe(plan(DOMAIN, CODE, iters=101, mix={"domain": 0.9, "code": 0.1}))
+    table, warning, _ = describe(plan(DOMAIN, CODE, iters=101, mix={"domain": 0.9, "code": 0.1}))
     # 40 of 404 sequences: 4.4 passes over 90 tokens.
     assert table.splitlines()[-1] == "code    10.0%         40     400    4.44         0"
     assert warning.startswith("warning: the source 'code' is read 4.4 times; beyond about 4 passes")
+
+
+def test_files_in_the_table_and_in_warnings() -> None:
+    """A file may be read far too often while its source is not, and too many fill the screen."""
+    files = source("domain", 10, 1000, 20, weights=(0.1, 0.8, 0.1))
+    files = replace(files, validation=CODE.training)
+    blend = plan(files, iters=50, validation_fraction=0.1)
+    _, warning = describe(blend)
+    # A tenth of 200 sequences of 10 tokens: 20 passes over 10 tokens, 10 over 20.
+    start = "warning: domain0 of the source 'domain' is read 20.0 times, and 1 other file(s) too"
+    assert warning.startswith(start)
+    for number, rows in ((20, 22), (21, 3)):
+        many = replace(source("domain", *[100] * number), validation=CODE.training)
+        (table,) = describe(plan(many, iters=50, validation_fraction=0.1))
+        assert len(table.splitlines()) == rows
+    assert table.splitlines()[-1] == "  21 files: see blend.json"
