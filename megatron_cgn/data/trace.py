@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cgn.data.account import ACCOUNT_FILE
+from megatron_cgn.data.account import ACCOUNT_FILE, text_width
 from megatron_cgn.data.blend import Blend
 from megatron_cgn.data.consumed import ConsumedFile, documents_consumed, read_account
 from megatron_cgn.data.indexed import IndexInfo, check_index
@@ -299,15 +299,14 @@ def _table(
     head = ("blend source", *_GROUPED_BY, "documents", "tokens")
     rows = [(*group, f"{documents[group]:,}", f"{tokens[group]:,}") for group in sorted(documents)]
     rows.append(("all", "", "", "", f"{documents.total():,}", f"{tokens.total():,}"))
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        f"{checkpoint}",
-        *(
-            "  "
-            + "  ".join(
-                text.rjust(width) if place >= 4 else text.ljust(width)
-                for place, (text, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in (head, *rows)
-        ),
-    ]
+    widths = [max(text_width(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [f"{checkpoint}", *(_line(row, widths) for row in (head, *rows))]
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    """A row of the table: names to the left, figures to the right."""
+    cells = []
+    for place, (text, width) in enumerate(zip(row, widths, strict=True)):
+        space = " " * (width - text_width(text))
+        cells.append(text + space if place <= len(_GROUPED_BY) else space + text)
+    return "  " + "  ".join(cells)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from tiny_files import TinyFiles
 from train_runs import Zygote
 
-from megatron_cgn.data.trace import consumed_documents, look_around, trace_document
+from megatron_cgn.data.trace import _table, consumed_documents, look_around, trace_document
 from megatron_cgn.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,20 @@ def test_a_checkpoint_leads_to_its_documents(chain: Chain, tmp_path: Path) -> No
     assert rows == list(consumed_documents(checkpoint))
     total = printed.splitlines()[-1].split()
     assert total[-2:] == [f"{len(rows):,}", f"{6 * BATCH * SEQ_LENGTH:,}"]
+
+
+def test_names_of_any_script_stay_in_their_columns(tmp_path: Path) -> None:
+    """A Chinese character takes two columns of a terminal."""
+    groups = Counter(
+        {("核电站", "手册", "-", "内部"): 12, ("general", "web", "CC0-1.0", "-"): 1234}
+    )
+    lines = _table(tmp_path, groups, groups)[1:]
+    wide = [sum(2 if ord(char) > 0x2E80 else 1 for char in line) for line in lines]
+    assert len(lines) == 4 and len(set(wide)) == 1
+    assert lines[1:3] == [
+        "  general       web     CC0-1.0  -                   1,234   1,234",
+        "  核电站        手册    -        内部                   12      12",
+    ]
 
 
 def test_indexes_that_were_moved_are_found_by_their_content(chain: Chain, tmp_path: Path) -> None:
