@@ -76,6 +76,8 @@ class CleanConfig:
     out."""
     max_duplicate_ngram_fraction: float = 0.9
     """Most runs of 10 tokens that have occurred before in the document, tables left out."""
+    max_dump_fraction: float = 0.5
+    """Most digits of hexadecimal dumps among the characters, from 1,000 such digits on."""
     identify_language: bool = True
     """Whether to identify the language, which `languages` needs."""
     languages: tuple[str, ...] = ()

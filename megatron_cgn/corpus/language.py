@@ -78,7 +78,9 @@ class LanguageIdentifier:
         return self._model(text, at_least=self._min_confidence, otherwise=rest)
 
     def _model(self, text: str, *, at_least: float, otherwise: str) -> str:
-        best = self._detector.detect(_sample(text), model="lite", k=1)
+        sample = _sample(text)
+        # Of tags and numbers alone the model makes Catalan or Hungarian.
+        best = self._detector.detect(sample, model="lite", k=1) if sample else []
         if not best or best[0]["score"] < at_least:
             return otherwise
         label = str(best[0]["lang"])
@@ -86,7 +88,7 @@ class LanguageIdentifier:
 
 
 def _sample(text: str) -> str:
-    """Take prose from the beginning, without code, addresses, tags and numbers."""
+    """Take prose from the beginning, without code, addresses, tags and numbers: maybe none."""
     head = text[: 10 * _SAMPLE_CHARACTERS]
     if "```" in head or "~~~" in head:
         head = _FENCED.sub(" ", head)
@@ -98,7 +100,7 @@ def _sample(text: str) -> str:
             length += len(word) + 1
             if length > _SAMPLE_CHARACTERS:
                 break
-    return " ".join(words or head.split())[:_SAMPLE_CHARACTERS]
+    return " ".join(words)[:_SAMPLE_CHARACTERS]
 
 
 @cache

@@ -8,15 +8,14 @@ measured effect of each, and which were left out.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_cgn.config.corpus import CleanConfig
-from megatron_cgn.corpus import characters, ngrams
+from megatron_cgn.corpus import characters, everyday, ngrams
 
 SAMPLE_CHARACTERS = 1 << 20
 """Figures are of the first so many characters: more than a book of 500 pages, in bounded memory."""
@@ -40,17 +39,11 @@ _MOJIBAKE = re.compile(
 _MOJIBAKE_SIGN = re.compile("[锟烫屯葺\ufffdÀ-ÿ]")
 _ELLIPSIS = ("...", "…")
 
-# The pairs of letters that make up most of English: Norvig, English Letter Frequency Counts, 2012.
-# Other languages in Latin letters share enough of them.
-_BIGRAMS = (
-    "th he in er an re on at en nd ti es or te of ed is it al ar st to nt ng se ha as ou io "
-    "le ve co me de hi ri ro ic ne ea ra ce li ch ll be ma si om ur ca el ta la ns di fo ho "
-    "pe ec pr no ct us ac ot il tr ly nc et ut ss so rs un lo wa ge ie wh ee wi em ad ol rt "
-    "po we na ul ni ts mo ow pa im mi ai sh ir su id os iv ia am fi ci vi pl ig tu ev ld ry "
-    "mp fe bl ab gh ty op wo sa ay ex ke fr oo av ag if ap gr od bo sp rd do uc bu ei ov by "
-    "rm ep tt oc fa ef cu rn sc gi da yo cr cl du ga qu ue ff ba ey ls va um pp ua up lu go "
-    "ht ru ug ds lt pi rc rr eg au ck ew mu br bi pt ak pu"
-).split()
+# Bytes in hexadecimal, eight groups or more in a row. A table of numbers has no letters.
+_DUMP = re.compile(r"(?<![0-9A-Za-z])(?:(?:[0-9A-Fa-f]{2}){1,4}(?:[\s:,]{1,4}|\Z)){8,}")
+_DUMP_LETTERS = re.compile("[A-Fa-f]")
+_FEWEST_DUMPED = 1000  # a message of some protocol, in a text that explains it, is shorter
+_LEAST_LETTERS = 0.05  # of the dumped digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +74,8 @@ class Figures:
     """Tokens in the most frequent run of 4 tokens."""
     duplicate_ngram_fraction: float
     """Runs of 10 tokens that have occurred before."""
+    dump_fraction: float
+    """Digits of hexadecimal dumps among the characters; 0 where there are few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +148,7 @@ RULES = (
         "duplicate_ngram_fraction",
         "{:.3f} of its runs of 10 tokens are repeated",
     ),
+    _at_most("dump", "max_dump_fraction", "dump_fraction", "{:.3f} of it is a hexadecimal dump"),
 )
 
 
@@ -211,6 +207,8 @@ def measure(text: str) -> tuple[Figures, npt.NDArray[np.int64]]:
         duplicate_line_fraction=duplicates,
         top_ngram_fraction=top,
         duplicate_ngram_fraction=repeated,
+        # Such dumps are mostly digits; and few other texts are.
+        dump_fraction=_dumped(text) / total if counts[characters.DIGIT] > total / 5 else 0.0,
     ), counts
 
 
@@ -219,6 +217,14 @@ def _mojibake(text: str) -> tuple[int, str]:
         return 0, ""
     found = [match[0] for match in _MOJIBAKE.finditer(text)]
     return sum(map(len, found)), found[0][:20] if found else ""
+
+
+def _dumped(text: str) -> int:
+    """Count the digits of hexadecimal dumps."""
+    dumped = "".join(match[0] for match in _DUMP.finditer(text))
+    letters = len(_DUMP_LETTERS.findall(dumped))
+    digits = letters + sum(map(str.isdigit, dumped))
+    return digits if digits >= _FEWEST_DUMPED and letters >= _LEAST_LETTERS * digits else 0
 
 
 def _symbols(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> int:
@@ -230,7 +236,7 @@ def _symbols(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> in
 
 def _common_han(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> float:
     han = points[kinds == characters.HAN]
-    return float(_common_han_table()[han].mean()) if len(han) >= _FEW_HAN else 1.0
+    return float(everyday.han_table()[han].mean()) if len(han) >= _FEW_HAN else 1.0
 
 
 def _latin(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> tuple[float, float]:
@@ -247,7 +253,7 @@ def _latin(points: npt.NDArray[np.uint32], kinds: npt.NDArray[np.uint8]) -> tupl
     # Among ideographs Latin letters are units: mm/s, kPa.
     is_latin = num_latin > int((kinds == characters.HAN).sum())
     judged = is_latin and len(keys) >= _FEW_LATIN
-    common = float(_bigram_table()[keys].mean()) if judged else 1.0
+    common = float(everyday.bigram_table()[keys].mean()) if judged else 1.0
     return common, num_latin / words
 
 
@@ -276,32 +282,3 @@ def _repetition(text: str, points: npt.NDArray[np.uint32]) -> tuple[float, float
     repeated = 1 - len(np.unique(runs)) / len(runs)
     share = min(1.0, top * _TOP_NGRAM / len(tokens)) if top > _FEW_REPEATS else 0.0
     return share, repeated
-
-
-@cache
-def _common_han_table() -> npt.NDArray[np.bool_]:
-    """Mark the 3,755 characters of GB 2312's first level and the 5,401 of Big5's.
-
-    They are the standards' own choice of the characters in frequent use, for simplified and for
-    traditional Chinese.
-    """
-    table = np.zeros(0x110000, np.bool_)
-    table[[ord(character) for character in _level_one()]] = True
-    return table
-
-
-def _level_one() -> Iterator[str]:
-    for codec, leads, trails in (
-        ("gb2312", range(0xB0, 0xD8), (range(0xA1, 0xFF),)),
-        ("big5", range(0xA4, 0xC7), (range(0x40, 0x7F), range(0xA1, 0xFF))),
-    ):
-        for lead in leads:
-            for trail in (trail for part in trails for trail in part):
-                yield from bytes((lead, trail)).decode(codec, "ignore")[:1]
-
-
-@cache
-def _bigram_table() -> npt.NDArray[np.bool_]:
-    table = np.zeros(26 * 26, np.bool_)
-    table[[26 * (ord(pair[0]) - ord("a")) + ord(pair[1]) - ord("a") for pair in _BIGRAMS]] = True
-    return table

@@ -110,6 +110,15 @@ If both trains are lost with the vessel head removed, start a charging pump, ali
 refuelling water storage tank, and raise the level to at least 7.0 m above the flange. Do not
 exceed 60 °C. Evacuate the reactor building if the level falls below mid-loop for 10 minutes."""
 
+NUCLIDES = """裂变产物及锕系核素清单：
+锶-90、钇-90、锆-95、铌-95、钼-99、锝-99、钌-106、铑-106、碲-132、碘-131、氙-133、铯-137、钡-140、镧-140、
+铈-144、镨-144、钷-147、钐-151、铕-154、钍-232、镤-233、铀-235、镎-237、钚-239、镅-241、锔-244、锎-252、
+氚、氪-85、钴-60、锰-54、锑-124、铊、铋、钋-210、氡-222、镭-226。联氨（肼）、氢氧化锂与硼酸单列。"""
+
+MESSAGE = """读保持寄存器的请求和应答（功能码 03，低字节在前的 CRC-16）：
+01 03 00 00 00 0A C5 CD
+01 03 14 00 01 00 02 00 03 00 04 00 05 00 06 00 07 00 08 00 09 00 0A 9F 2D"""
+
 ALL = {
     name: text
     for name, text in globals().items()
@@ -141,6 +150,8 @@ def _lists() -> dict[str, str]:
         "table": ["| 序号 | 设备 | 结果 |", "|---|---|---|"]
         + [f"| {i} | 阀门 | 合格 |" for i in range(300)],
         "columns": [f"{i:4}  阀门  合格" for i in range(300)],
+        "tags": [f"10LAB{i % 90 + 10} AA{i:03} 主给水隔离阀 DN400" for i in range(300)],
+        "core map": [f"{a}{b:02} 组件 {a}{b}" for a in "ABCDEFGH" for b in range(1, 16)],
         "log": [
             f"2023-04-15 08:{i // 60:02}:{i % 60:02} INFO pump A running, flow {rng.randrange(99)}"
             for i in range(400)

@@ -45,7 +45,6 @@ _SLIPS_THROUGH = {
     "bad scan, English, 15 %",
     "list of links, unknown words",
     "advertising",
-    "hexadecimal dump",
 }
 
 
@@ -85,6 +84,11 @@ def test_junk_is_dropped() -> None:
         ),
         ("确认主泵已经停止运行。\n" * 30, "repeated_lines", "0.967 of it are repeated lines"),
         ("水压力高" * 30, "repeated_phrase", "of it is one phrase of 4 tokens"),
+        (
+            "\n".join(random.Random(i).randbytes(16).hex(" ") for i in range(40)),
+            "dump",
+            "1.000 of it is a hexadecimal dump; clean.max_dump_fraction is 0.5",
+        ),
     ],
 )
 def test_every_rule_gives_its_figure_and_limit(text: str, reason: str, evidence: str) -> None:
@@ -116,6 +120,7 @@ def test_a_limit_at_its_end_turns_the_rule_off() -> None:
         max_duplicate_line_fraction=1,
         max_top_ngram_fraction=1,
         max_duplicate_ngram_fraction=1,
+        max_dump_fraction=1,
         max_navigation_fraction=1,
     )
     cleaner = Cleaner(off)
@@ -160,6 +165,7 @@ def test_a_page_of_menus_is_dropped_and_says_so() -> None:
         ("Главный циркуляционный насос должен быть остановлен до начала расхолаживания.", "ru"),
         ("원자로 냉각재 펌프가 정지되었는지 확인하고 밀봉수 유량을 기록하십시오.", "ko"),
         ("1234567890 1234567890 1234567890 1234567890", "und"),
+        ("\n".join(f"1RCP{i:03}KA\n1RCP{i:03}MP" for i in range(60)), "und"),
     ],
 )
 def test_languages(text: str, language: str) -> None:
