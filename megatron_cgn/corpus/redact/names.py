@@ -257,7 +257,7 @@ def _places(text: str, names: list[str]) -> Iterator[tuple[int, int]]:
     """Where some names stand in a text."""
     if len(names) > _MANY_NAMES:
         # One pass for all of them, by hash; worth the compilation for lists of staff only.
-        import regex  # type: ignore[import-untyped]
+        import regex
 
         for match in regex.finditer(r"\L<names>", text, names=names):
             yield match.span()

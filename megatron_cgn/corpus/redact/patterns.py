@@ -174,7 +174,7 @@ def _entry_faults(entry: dict[str, Any]) -> Iterator[str]:
 
 
 def _regex_faults(source: str) -> Iterator[str]:
-    import regex  # type: ignore[import-untyped]
+    import regex
 
     if any(0xFF01 <= ord(character) <= 0xFF5E or character == "\u3000" for character in source):
         yield (
