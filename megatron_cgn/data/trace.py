@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ def _uses(where: Path, blend: Blend, consumed: int, index: IndexInfo, number: in
         if file.digest == index.sidecar.digest
     ]
     if not files:
+        yield from _held_out_uses(where, blend, index, number)
         return
     read = list(
         documents_consumed(
@@ -169,17 +170,61 @@ def _uses(where: Path, blend: Blend, consumed: int, index: IndexInfo, number: in
         )
 
 
+def _held_out_uses(where: Path, blend: Blend, index: IndexInfo, number: int) -> Iterator[Use]:
+    """Uses of an index that a blend does not train on: what a ``validation_path`` names."""
+    for source in blend.sources:
+        if index.sidecar.digest in (identity.partition("[")[0] for identity in source.held_out):
+            yield Use(
+                where=where,
+                source=source.name,
+                prefix=index.prefix,
+                document=number,
+                trained_on=False,
+                tokens=0,
+                passes=0.0,
+            )
+
+
+def _read_elsewhere(place: Place) -> tuple[list[str], list[str]]:
+    """Find what runs and checkpoints train on that is not in the place.
+
+    Returns:
+        Prefixes of indexes that still lie where they were read; and of those that do not, or do
+        not know their documents.
+    """
+    known = set(map(_digest, place.indexes))
+    wanted: dict[str, str] = {}
+    for where in (*place.runs, *place.checkpoints):
+        blend, _ = read_account(where)
+        for file in (file for source in blend.sources for file in source.files):
+            if file.digest not in known:
+                wanted[file.digest] = file.path
+    there = {d: path for d, path in wanted.items() if has_lineage(path) and _digest(path) == d}
+    return list(there.values()), [path for d, path in wanted.items() if d not in there]
+
+
+def _digest(prefix: str) -> str | None:
+    """An index's digest; None if it is unusable, which need not concern the document looked for."""
+    try:
+        return check_index(prefix).sidecar.digest
+    except DataError:
+        return None
+
+
 def trace_document(document_id: str, directories: Sequence[str | Path]) -> list[str]:
     """Say which indexes hold a document, and which runs and checkpoints read it.
 
     Args:
         document_id: Its id.
-        directories: Where to look: see `look_around`.
+        directories: Where to look: see `look_around`. Indexes that runs found there have read are
+            looked into where they were read, too.
 
     Returns:
-        Lines to print; none if no index holds it.
+        Lines to print, also of what could not be looked into; none if no index holds it.
     """
     place = look_around(directories)
+    elsewhere, unknown = _read_elsewhere(place)
+    place = replace(place, indexes=(*place.indexes, *elsewhere))
     found = list(find_in_indexes(document_id, place))
     lines = [
         f"  index           {index.prefix}: document {number:,} of {index.documents:,}, "
@@ -192,7 +237,11 @@ def trace_document(document_id: str, directories: Sequence[str | Path]) -> list[
         if not use.trained_on:
             what = "held out"
         lines.append(f"  {kind:<16}{use.where}: source {use.source}: {what}")
-    return lines
+    return lines + [
+        f"  not known       {path}: read by a run, but not found, or without the lineage of its "
+        "documents; if it was moved, name its directory too"
+        for path in unknown
+    ]
 
 
 def consumed_documents(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tiny_files import TinyFiles
-from train_runs import Zygote
+from train_runs import Zygote, overrides
 
 from megatron_cgn.data.trace import _table, consumed_documents, look_around, trace_document
 from megatron_cgn.errors import DataError
@@ -119,6 +119,53 @@ def test_the_phase_without_a_source_consumes_none_of_it(chain: Chain) -> None:
 
     second, last = chain.checkpoints[1:]
     assert second.name.endswith("4") and tokens(second) == tokens(last) > 0
+
+
+def test_indexes_are_looked_for_where_they_were_read(chain: Chain, tmp_path: Path) -> None:
+    """Naming the runs is enough; an index that has gone is said, not taken for unread."""
+    row = next(iter(consumed_documents(chain.checkpoints[-1])))
+    named = trace_document(row["id"], [chain.indexes, chain.run])
+
+    assert trace_document(row["id"], [chain.run]) == named
+    moved = tmp_path / "elsewhere"
+    chain.indexes.rename(moved)
+    try:
+        unknown = trace_document(row["id"], [chain.run])
+        found = trace_document(row["id"], [chain.run, moved])
+    finally:
+        moved.rename(chain.indexes)
+
+    assert [line.split(": ")[0].split() for line in unknown] == [
+        ["not", "known", str(chain.indexes / name)] for name in SOURCES
+    ]
+    assert len(found) == len(named) and found[1:] == named[1:]
+
+
+def test_documents_of_a_validation_path_are_held_out(
+    chain: Chain, tiny: TinyFiles, zygote: Zygote, tmp_path: Path
+) -> None:
+    sources = (
+        f"{{name: domain, path: {chain.indexes}/domain, validation_path: {chain.indexes}/general}}"
+    )
+    arguments = overrides(
+        tiny,
+        tmp_path / "run",
+        f"data.sources=[{sources}]",
+        "data.validation_fraction=0",
+        "train.validation_sequences=2",
+        "train.train_iters=1",
+        "optim.warmup_steps=0",
+    )
+    ended = zygote.run(arguments, stderr=tmp_path / "stderr")
+    assert ended.codes == [0], ended.stderr
+    id_ = json.loads((ROOT / "samples" / SOURCES["general"]).open(encoding="utf-8").readline())[
+        "id"
+    ]
+
+    _, *uses = trace_document(id_, [chain.indexes, tmp_path / "run"])
+
+    assert len(uses) == 2
+    assert all(use.endswith("source domain: held out") for use in uses)
 
 
 def test_a_checkpoint_leads_to_its_documents(chain: Chain, tmp_path: Path) -> None:
