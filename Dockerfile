@@ -16,7 +16,7 @@ COPY megatron_cgn/__init__.py megatron_cgn/__init__.py
 COPY tokenizer/__init__.py tokenizer/__init__.py
 RUN pip list --format freeze | awk -F == '{print "^" $1 "=="}' > /tmp/installed \
     && grep -vif /tmp/installed constraints.txt > /tmp/constraints.txt \
-    && pip install --no-cache-dir --constraint /tmp/constraints.txt --editable . \
+    && pip install --no-cache-dir --constraint /tmp/constraints.txt --editable '.[corpus,fast]' \
     && rm /tmp/installed /tmp/constraints.txt
 
 COPY . .
