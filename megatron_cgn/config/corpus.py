@@ -4,9 +4,14 @@ Every step has a group of its own, and can be turned off. Rules live in each gro
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
+
+
+# Settings that have an effect only together with others.
+_NAVIGATION, _CONFIDENCE = ("max_navigation_fraction",), ("min_language_confidence",)
+_NEAR, _CUT = ("similarity_threshold", "protect_numbers"), ("max_cut_fraction",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +25,9 @@ class ReadConfig:
     else their number."""
     part_mib: float = 8.0
     """Raw MiB that a worker takes at a time. More memory for each worker, or more files."""
+    max_parse_s: int = 300
+    """Seconds of processor time to parse a PDF, HTML or DOCX file in; one that takes longer counts
+    as unreadable."""
 
     def faults(self) -> Iterator[str]:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
@@ -33,6 +41,8 @@ class ReadConfig:
             )
         if not 0 < self.part_mib <= 1024:
             yield f"read.part_mib: {self.part_mib}; must be above 0 and at most 1024."
+        if not 1 <= self.max_parse_s <= 10**6:
+            yield f"read.max_parse_s: {self.max_parse_s}; must be from 1 to 1000000."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +108,10 @@ class CleanConfig:
         for name in ("min_characters", "max_mean_word_length"):
             if (value := getattr(self, name)) < 0:
                 yield f"clean.{name}: {value}; must be at least 0."
+        if "navigation" not in self.remove_lines:
+            yield from _idle(self, "clean", "without navigation in clean.remove_lines", _NAVIGATION)
+        if not self.identify_language:
+            yield from _idle(self, "clean", "with clean.identify_language=false", _CONFIDENCE)
         if self.languages and not self.identify_language:
             yield (
                 f"clean.languages: {', '.join(self.languages)}; has no effect with "
@@ -144,6 +158,10 @@ class DeduplicateConfig:
                 f"deduplicate.similarity_threshold: {self.similarity_threshold}; must be above 0 "
                 "and at most 1; set deduplicate.near=false for equal documents only."
             )
+        if not self.near:
+            yield from _idle(self, "deduplicate", "with deduplicate.near=false", _NEAR)
+        if self.prior and not self.enabled:
+            yield from _idle(self, "deduplicate", "with deduplicate.enabled=false", ("prior",))
         if self.protect_numbers not in ("none", "form", "all"):
             yield (
                 f"deduplicate.protect_numbers: {self.protect_numbers}; must be none, form or all."
@@ -244,6 +262,11 @@ class DecontaminateConfig:
         """Find what is wrong with these settings; see `CorpusConfig.faults`."""
         if self.mode not in ("drop", "cut"):
             yield f"decontaminate.mode: {self.mode}; must be drop or cut."
+        if self.mode == "drop":
+            yield from _idle(self, "decontaminate", "with decontaminate.mode=drop", _CUT)
+        if not self.evaluation_files:
+            without = "without decontaminate.evaluation_files"
+            yield from _idle(self, "decontaminate", without, ("fields",))
         if self.ngram_tokens < 2:
             yield f"decontaminate.ngram_tokens: {self.ngram_tokens}; must be at least 2."
         if not 1 <= self.min_item_tokens <= self.ngram_tokens:
@@ -324,3 +347,11 @@ class CorpusConfig:
         """
         for step in fields(self):
             yield from getattr(self, step.name).faults()
+
+
+def _idle(settings: Any, step: str, why: str, names: Iterable[str]) -> Iterator[str]:
+    """Refuse what was set and would be ignored."""
+    for name in names:
+        value, default = getattr(settings, name), getattr(type(settings)(), name)
+        if value != default:
+            yield f"{step}.{name}: {value}; has no effect {why}. Leave one of them out."

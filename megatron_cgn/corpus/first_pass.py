@@ -11,7 +11,7 @@ Each part gives a directory of its own::
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from megatron_cgn.config.corpus import CorpusConfig
 from megatron_cgn.corpus import tally as tallies
 from megatron_cgn.corpus.document import Document, Outcome
+from megatron_cgn.corpus.formats.isolated import FileReader
 from megatron_cgn.corpus.names import save_names
 from megatron_cgn.corpus.parts import Part
 from megatron_cgn.corpus.records import BAD, Raw, parse_part
@@ -50,6 +51,7 @@ class FirstPass:
         self._field = settings.read.field
         self._sources = sources
         self._work = Work(root)
+        self._read = FileReader(max_parse_s=settings.read.max_parse_s)
         self._steps = Steps(settings)
 
     def __call__(self, part: Part) -> None:
@@ -59,7 +61,7 @@ class FirstPass:
             marks = _Marks()
             tally: Tally = {}
             with LinesWriter(target / "documents.jsonl.zst") as writer:
-                for raw in parse_part(part, sources=self._sources, field=self._field):
+                for raw in self._parse(part):
                     row = self._row(raw, self._sources[part.source].name, tally)
                     writer.write(row)
                     marks.add(row)
@@ -68,6 +70,9 @@ class FirstPass:
             marks.save(target)
             self._steps.sign(texts, target / "signatures")
             write_json(target / "tally.json", tally)
+
+    def _parse(self, part: Part) -> Iterator[Raw]:
+        return parse_part(part, sources=self._sources, field=self._field, read=self._read)
 
     def _row(self, raw: Raw, source: str, tally: Tally) -> dict[str, Any]:
         outcome = self._outcome(raw)

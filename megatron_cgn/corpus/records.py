@@ -17,7 +17,10 @@ COLUMNS = ("id", "source", "license", "licence", "classification")
 """Fields that go with a document, beside its text."""
 
 BAD = frozenset(
-    ("read/broken_line", "read/no_field", "read/undecodable", "read/damaged", "read/encrypted")
+    (
+        *("read/broken_line", "read/no_field", "read/undecodable", "read/damaged"),
+        *("read/encrypted", "read/too_slow"),
+    )
 )
 """Reasons that mean the input is not what it should be, unlike an empty text."""
 
@@ -52,19 +55,22 @@ class Raw:
     """Whether lone surrogates, which no encoding can hold, became U+FFFD."""
 
 
-def parse_part(part: Part, *, sources: Sequence[Source], field: str) -> Iterator[Raw]:
+def parse_part(
+    part: Part, *, sources: Sequence[Source], field: str, read: Callable[[str], str] = read_file
+) -> Iterator[Raw]:
     """Parse a part.
 
     Args:
         part: What to parse.
         sources: All sources.
         field: Name of the text's field.
+        read: Gives the text of a file that is one document, or raises `Unreadable`.
 
     Yields:
         A `Raw` for every line, row and file; blank lines are none.
     """
     for item in part.items:
-        maker = _Maker(file=item.file, source=sources[part.source], field=field)
+        maker = _Maker(file=item.file, source=sources[part.source], field=field, read=read)
         yield from _parse_item(item, maker)
 
 
@@ -96,10 +102,13 @@ def _rows(item: Rows) -> Iterator[Any]:
 class _Maker:
     """Makes the documents of one file."""
 
-    def __init__(self, *, file: InputFile, source: Source, field: str) -> None:
+    def __init__(
+        self, *, file: InputFile, source: Source, field: str, read: Callable[[str], str]
+    ) -> None:
         self._file = file
         self._source = source
         self._field = field
+        self._read = read
 
     def from_line(self, line: bytes, number: int) -> Raw:
         try:
@@ -130,7 +139,7 @@ class _Maker:
 
     def from_file(self) -> Raw:
         try:
-            text = read_file(self._file.path)
+            text = self._read(self._file.path)
         except Unreadable as fault:
             return self._fault(None, f"read/{fault.reason}", fault.evidence)
         return self._raw(None, text, fields={})

@@ -8,7 +8,7 @@ class Unreadable(Exception):
         """Say what is wrong.
 
         Args:
-            reason: ``undecodable``, ``damaged``, ``encrypted`` or ``no_text``.
+            reason: ``undecodable``, ``damaged``, ``encrypted``, ``too_slow`` or ``no_text``.
             evidence: What shows it.
         """
         super().__init__(evidence)
