@@ -108,7 +108,7 @@ def _trace(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     # Here, because every worker imports this file too, and these take long.
     from megatron_cgn.corpus.trace import trace_document
-    from megatron_cgn.data.trace import trace_checkpoint
+    from megatron_cgn.data.taught import trace_checkpoint
 
     if arguments.document is None:
         lines = trace_checkpoint(

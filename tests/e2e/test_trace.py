@@ -12,7 +12,8 @@ import pytest
 from tiny_files import TinyFiles
 from train_runs import Zygote, overrides
 
-from megatron_cgn.data.trace import _table, consumed_documents, look_around, trace_document
+from megatron_cgn.data.taught import _table, consumed_documents
+from megatron_cgn.data.trace import look_around, trace_document
 from megatron_cgn.errors import DataError
 
 ROOT = Path(__file__).parents[2]
