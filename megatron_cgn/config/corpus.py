@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-
 # Settings that have an effect only together with others.
 _NAVIGATION, _CONFIDENCE = ("max_navigation_fraction",), ("min_language_confidence",)
 _NEAR, _CUT = ("similarity_threshold", "protect_numbers"), ("max_cut_fraction",)

@@ -8,6 +8,7 @@ because a single choice is often a plain fact that any good document may state.
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from typing import Any
 from megatron_cgn.errors import DataError
 
 _SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet, .txt or .md"
-_CHOICES = frozenset("a b c d e f choices options option candidates endings 选项".split())
+_CHOICES = re.compile(
+    "[a-f]|(?:choices?|options?|candidates?|endings?|answer_choices?|op[at]?|选项|备选项?)"
+    "[ _-]?[a-f0-9]?"
+)
 # What names an item or its origin, and is no part of what is asked.
 _NOT_CONTENT = frozenset(
     "id idx index uid uuid key hash md5 url link source src dataset split subset subject category "
@@ -157,7 +161,7 @@ def _passages(
         if fields and name not in fields or not fields and key in _NOT_CONTENT:
             continue
         texts = tuple(_texts(value))
-        if key in _CHOICES:
+        if _CHOICES.fullmatch(key):
             choices += texts
         elif isinstance(value, str):
             yield Passage(file, number, name, texts)

@@ -230,7 +230,8 @@ def test_openmc_documents_stay_and_cleaning_twice_changes_nothing(simplify: bool
     if not path.exists():
         pytest.skip(f"{path} is not there")
     cleaner = Cleaner(CleanConfig(simplify_chinese=simplify))
-    for line in path.read_text().splitlines():
+    # Simplifying finds nothing here: fewer will do.
+    for line in path.read_text().splitlines()[:: 5 if simplify else 1]:
         outcome = clean(json.loads(line)["text"], cleaner)
         assert outcome.text, outcome
         again = clean(outcome.text, cleaner)
@@ -279,7 +280,7 @@ def test_cleaning_does_not_depend_on_what_came_before() -> None:
         "Ã" * 300_000,
         "第 1 页\n标题\n" * 20_000,
         "a > b |  " * 30_000,
-        "\f" * 100_000,
+        "\f" * 50_000,
     ],
     ids=["leaders", "blanks", "escapes", "mojibake", "pages", "menus", "form feeds"],
 )
@@ -302,3 +303,14 @@ def test_settings_tell_their_faults() -> None:
         each.startswith("clean.max_symbol_fraction: 1.5; must be between 0") for each in faults
     )
     assert list(CleanConfig().faults()) == []
+
+
+def test_settings_without_effect_are_refused() -> None:
+    lines = CleanConfig(remove_lines=("contents",), max_navigation_fraction=0.9)
+    assert list(lines.faults()) == [
+        "clean.max_navigation_fraction: 0.9; has no effect without navigation in "
+        "clean.remove_lines. Leave one of them out."
+    ]
+    assert list(CleanConfig(remove_lines=("contents",)).faults()) == []
+    (fault,) = CleanConfig(identify_language=False, min_language_confidence=0.5).faults()
+    assert fault.startswith("clean.min_language_confidence: 0.5; has no effect with")

@@ -287,6 +287,21 @@ def test_tables_without_names_are_read_as_mmlu_has_them(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "names", [("选项A", "选项B"), ("option_a", "option_b"), ("choice1", "choice2")]
+)
+def test_choices_are_known_by_many_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = tmp_path / "a.jsonl"
+    row = {"question": QUESTION_ZH, names[0]: CEVAL[2][2], names[1]: CEVAL[2][3]}
+    path.write_text(json.dumps(row))
+    assert [each.texts for each in read_passages(path)] == [
+        (QUESTION_ZH,),
+        (CEVAL[2][2], CEVAL[2][3]),
+    ]
+    # One choice alone is a plain fact.
+    assert run(build(str(path)), BEFORE + CEVAL[2][2] + AFTER).text is not None
+
+
 def test_only_the_fields_asked_for_count(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"question": "无关的问题", "context": QUESTION_ZH}))
@@ -325,6 +340,14 @@ def test_settings_tell_their_faults() -> None:
     wrong = DecontaminateConfig(mode="keep", ngram_tokens=1, min_coverage=0, max_shared_items=0)  # type: ignore[arg-type]
     assert len(list(wrong.faults())) == 5
     assert list(DecontaminateConfig().faults()) == []
+
+
+def test_settings_without_effect_are_refused() -> None:
+    (fault,) = DecontaminateConfig(max_cut_fraction=0.2).faults()
+    assert fault.startswith("decontaminate.max_cut_fraction: 0.2; has no effect with")
+    assert list(DecontaminateConfig(mode="cut", max_cut_fraction=0.2).faults()) == []
+    (fault,) = DecontaminateConfig(fields=("question",)).faults()
+    assert "has no effect without decontaminate.evaluation_files" in fault
 
 
 def _cutter() -> Decontaminator:
