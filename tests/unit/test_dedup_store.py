@@ -89,8 +89,11 @@ def test_threshold_and_protection_may_differ(saved: Path) -> None:
 
 
 def test_missing_signatures(tmp_path: Path, signer: Signer) -> None:
-    with pytest.raises(DataError, match=r"parameters\.json: not found"):
-        load_signatures(tmp_path / "none", parameters=signer.parameters)
+    a_file = tmp_path / "file"
+    a_file.touch()
+    for path in (tmp_path / "none", a_file):
+        with pytest.raises(DataError, match=r"parameters\.json: cannot be read: N.*prior"):
+            load_signatures(path, parameters=signer.parameters)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"parameters": {}}', '{"parameters": 1}'])
@@ -123,7 +126,7 @@ def test_a_write_stopped_midway_leaves_nothing_valid(saved: Path, signer: Signer
 
     with pytest.raises(OSError, match="No space"):
         save_signatures(saved, parts(), num_documents=4, parameters=signer.parameters)
-    with pytest.raises(DataError, match="not found"):
+    with pytest.raises(DataError, match="No such file"):
         load_signatures(saved, parameters=signer.parameters)
 
 
@@ -143,6 +146,8 @@ def test_parameters_are_plain(saved: Path, signer: Signer) -> None:
         ({"number_weight": -1}, "deduplicate.number_weight: -1;"),
         ({"seed": 2**32}, "deduplicate.seed: 4294967296;"),
         ({"protect_numbers": "yes"}, "deduplicate.protect_numbers: yes;"),
+        ({"near": False, "similarity_threshold": 0.8}, "deduplicate.similarity_threshold: 0.8;"),
+        ({"enabled": False, "prior": ("a",)}, "deduplicate.prior:"),
     ],
 )
 def test_faults_of_the_settings(change: dict[str, object], path: str) -> None:

@@ -86,9 +86,10 @@ def load_signatures(directory: Path, *, parameters: Mapping[str, int]) -> Signat
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         theirs, num_documents = dict(header["parameters"]), int(header["num_documents"])
-    except FileNotFoundError:
+    except OSError as error:
         raise DataError(
-            f"{path}: not found; give the directory of signatures that an earlier run kept."
+            f"{path}: cannot be read: {error.strerror or error}; name in deduplicate.prior the "
+            "directory of signatures that an earlier run kept."
         ) from None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path}: damaged; make the signatures again.") from None
