@@ -116,28 +116,69 @@ def _items(
 
 def _read_table(file: InputFile, columns: Sequence[str]) -> Iterator[tuple[Rows, int, int]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    read = _read_arrow if file.path.lower().endswith(".arrow") else _read_parquet
+    done = 0
     try:
-        with pq.ParquetFile(file.path, buffer_size=_TABLE_BYTES) as table:
-            present = [name for name in columns if name in table.schema_arrow.names]
-            if columns[0] not in present:
-                names = ", ".join(map(repr, table.schema_arrow.names))
-                raise DataError(
-                    f"{file.path}: no field {columns[0]!r}; the fields are {names}. Name the "
-                    "text's field with --field."
-                )
-            total, done = table.metadata.num_rows, 0
-            for batch in table.iter_batches(batch_size=_batch_rows(table), columns=present):
-                reached = done + batch.num_rows
-                progress = file.size_bytes * reached // total - file.size_bytes * done // total
-                yield Rows(file=file, first=done + 1, batch=batch), batch.nbytes, progress
-                done = reached
+        for batch, progress in read(file, columns):
+            yield Rows(file=file, first=done + 1, batch=batch), batch.nbytes, progress
+            done += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file.path}: cannot be read to its end ({error}). The file is damaged or "
             "incomplete: copy it again."
         ) from error
+
+
+def _read_parquet(file: InputFile, columns: Sequence[str]) -> Iterator[tuple[Any, int]]:
+    """Batches of a Parquet file, and the bytes of the file that each uses up."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file.path, buffer_size=_TABLE_BYTES) as table:
+        present = _present(file, table.schema_arrow.names, columns)
+        total, done = table.metadata.num_rows, 0
+        for batch in table.iter_batches(batch_size=_batch_rows(table), columns=present):
+            reached = done + batch.num_rows
+            yield batch, file.size_bytes * reached // total - file.size_bytes * done // total
+            done = reached
+
+
+def _read_arrow(file: InputFile, columns: Sequence[str]) -> Iterator[tuple[Any, int]]:
+    """The same of an Arrow file: a stream, as `datasets` saves it, or one with an index."""
+    import pyarrow as pa
+
+    with pa.memory_map(file.path) as mapped:
+        before = 0
+        if mapped.read(6) == b"ARROW1":
+            indexed = pa.ipc.open_file(mapped)
+            schema, stored = (
+                indexed.schema,
+                map(indexed.get_batch, range(indexed.num_record_batches)),
+            )
+        else:
+            mapped.seek(0)
+            stored = pa.ipc.open_stream(mapped)
+            schema = stored.schema
+        present = _present(file, schema.names, columns)
+        for batch in stored:
+            narrow = batch.select(present)
+            size = max(1, int(_TABLE_BYTES * batch.num_rows / max(1, narrow.nbytes)))
+            for start in range(0, batch.num_rows, size):
+                rows = range(start, min(start + size, batch.num_rows))
+                # A slice would take the whole batch with it to the worker.
+                reached = mapped.tell()
+                yield narrow.take(pa.array(rows)), reached - before
+                before = reached
+
+
+def _present(file: InputFile, names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Those of the columns that a table has."""
+    if columns[0] not in names:
+        raise DataError(
+            f"{file.path}: no field {columns[0]!r}; the fields are {', '.join(map(repr, names))}. "
+            "Name the text's field with --field."
+        )
+    return [name for name in columns if name in names]
 
 
 def _batch_rows(table: Any) -> int:

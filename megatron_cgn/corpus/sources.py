@@ -5,6 +5,7 @@ the same order; hidden files and kinds nobody can read are left out and counted.
 """
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -22,7 +23,11 @@ _LINES = (".jsonl", ".ndjson", ".json")
 _FILES = frozenset(
     (".txt", ".text", ".md", ".markdown", ".rst", ".html", ".htm", ".xhtml", ".pdf", ".docx")
 )
-_KINDS = "JSON Lines (.jsonl, plain, .gz or .zst), .parquet, .txt, .md, .rst, .html, .pdf or .docx"
+_TABLES = (".parquet", ".arrow")
+_KINDS = (
+    "JSON Lines (.jsonl, plain, .gz or .zst), .parquet, .arrow, .txt, .md, .rst, .html, .pdf or "
+    ".docx"
+)
 _NAME = re.compile(r"[\w-]+")
 _DIGEST_BYTES = 1 << 20
 
@@ -54,7 +59,7 @@ class InputFile:
     name: str
     """``<source>/<path within the folder given>``: the same wherever the folder lies."""
     kind: Kind
-    """``lines`` (JSON Lines), ``table`` (Parquet) or ``file`` (one document)."""
+    """``lines`` (JSON Lines), ``table`` (Parquet, Arrow) or ``file`` (one document)."""
     size_bytes: int
     """Bytes on the disk."""
     modified_ns: int
@@ -206,11 +211,43 @@ def _walk(folder: Path, *, visited: set[tuple[int, int]]) -> Iterator[Path]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise _unreadable(folder, error) from error
+    names = {entry.name for entry in entries}
+    if "dataset_dict.json" in names:
+        splits = ", ".join(entry.name for entry in entries if entry.is_dir())
+        raise DataError(
+            f"{folder}: a saved Hugging Face dataset of several splits ({splits}). Name those to "
+            "read."
+        )
+    if names >= {"state.json", "dataset_info.json"}:
+        yield from _dataset_files(folder)
+        return
     for entry in entries:
         if entry.is_dir():
             yield from _walk(folder / entry.name, visited=visited)
         else:
             yield folder / entry.name
+
+
+def _dataset_files(folder: Path) -> Iterator[Path]:
+    """Files of a directory that `datasets` saved, in order; it may hold caches besides."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        names = [str(file["filename"]) for file in state["_data_files"]]
+        picked = state.get("_indices_data_files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder / 'state.json'}: is not what a saved Hugging Face dataset has ({error}). "
+            "Save it again."
+        ) from error
+    if picked:
+        raise DataError(
+            f"{folder}: a dataset whose rows were picked but not copied. Save it again, after "
+            "flatten_indices()."
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(f"{folder / name}: is missing from the dataset. Copy it again.")
+        yield folder / name
 
 
 def _input_file(path: Path, name: str, source: int) -> InputFile | None:
@@ -243,7 +280,7 @@ def _kind(path: Path) -> Kind | None:
         return "lines" if Path(path.stem).suffix.lower() in _LINES else None
     if suffix in _LINES:
         return "lines"
-    if suffix == ".parquet":
+    if suffix in _TABLES:
         return "table"
     return "file" if suffix in _FILES else None
 
