@@ -14,7 +14,7 @@ from megatron_cgn.data.account import text_width
 from megatron_cgn.data.blend import Blend
 from megatron_cgn.data.consumed import ConsumedFile, documents_consumed, read_account
 from megatron_cgn.data.indexed import check_index
-from megatron_cgn.data.lineage import COLUMNS, has_lineage, read_lineage
+from megatron_cgn.data.lineage import COLUMNS, LINEAGE_SUFFIX, has_lineage, read_lineage
 from megatron_cgn.data.trace import Place, look_around
 from megatron_cgn.errors import DataError
 
@@ -51,12 +51,15 @@ def _moved(blend: Blend, place: Place) -> dict[str, str]:
 
 
 def _rows(part: ConsumedFile, prefix: str) -> Iterator[dict[str, Any]]:
-    facts = _facts(prefix, part)
-    for number, tokens, passes in zip(
-        part.documents.tolist(), part.tokens.tolist(), part.passes.tolist(), strict=True
+    for facts, number, tokens, passes in zip(
+        _facts(prefix, part),
+        part.documents.tolist(),
+        part.tokens.tolist(),
+        part.passes.tolist(),
+        strict=True,
     ):
         yield {
-            **next(facts),
+            **facts,
             "blend_source": part.source,
             "index": prefix,
             "document": number,
@@ -76,6 +79,11 @@ def _facts(prefix: str, part: ConsumedFile) -> Iterator[Mapping[str, str | None]
         inside = (part.documents >= first) & (part.documents < first + batch.num_rows)
         yield from batch.take(part.documents[inside] - first).to_pylist()
         first += batch.num_rows
+    if first != (documents := check_index(prefix).documents):
+        raise DataError(
+            f"{prefix}{LINEAGE_SUFFIX}: belongs to another index: it has {first:,} rows, not "
+            f"{documents:,}. Make the index again with tools/preprocess_data.py --overwrite."
+        )
 
 
 def trace_checkpoint(

@@ -210,6 +210,17 @@ def test_indexes_that_were_moved_are_found_by_their_content(chain: Chain, tmp_pa
     assert [{**row, "index": ""} for row in before] == [{**row, "index": ""} for row in after]
 
 
+@pytest.mark.parametrize(("name", "other"), [("domain", "general"), ("general", "domain")])
+def test_lineage_of_another_index_is_refused(
+    chain: Chain, tmp_path: Path, name: str, other: str
+) -> None:
+    """With more rows and with fewer: else documents would be given the wrong origin."""
+    copy = shutil.copytree(chain.indexes, tmp_path / "copy")
+    shutil.copy(copy / f"{other}.documents.parquet", copy / f"{name}.documents.parquet")
+    with pytest.raises(DataError, match=rf"{name}.documents.parquet: belongs to another index"):
+        list(consumed_documents(chain.checkpoints[-1], directories=[copy]))
+
+
 def test_what_a_killed_save_left_is_not_taken_for_a_run(chain: Chain, tmp_path: Path) -> None:
     """A save writes its account first, and the file that makes it a checkpoint last."""
     whole = look_around([chain.run])
