@@ -125,6 +125,12 @@ def _content(source: BlendSource) -> list[tuple[str, Fraction]]:
 
 def _difference(old: BlendSource, new: BlendSource) -> str:
     for a, b in itertools.zip_longest(old.files, new.files):
+        if a is not None and b is not None and a.digest == b.digest and a.identity != b.identity:
+            return (
+                f"trains on other documents of {b.path}: the checkpoint on {a.start:,} to "
+                f"{a.stop - 1:,}, this run on {b.start:,} to {b.stop - 1:,}; restore "
+                "data.validation_fraction"
+            )
         if a is None or b is None or a.identity != b.identity:
             had = "one file less" if a is None else f"{a.path} of {a.tokens:,} tokens, {a.identity}"
             has = "one file less" if b is None else f"{b.path} of {b.tokens:,} tokens, {b.identity}"

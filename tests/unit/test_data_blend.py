@@ -371,6 +371,14 @@ def test_what_was_consumed_may_not_change() -> None:
     gone = plan(DOMAIN, CODE, iters=100, mix={"domain": 0.8, "code": 0.2})
     assert "the source 'general' is gone" in fault(gone)
     held_out = replace(GENERAL, validation=CODE.training)
+    part = replace(before.sources[0].files[0], identity="domain0-1003[0:9]", stop=9)
+    cut = replace(before.sources[0], files=(part,))
+    divided = fault(replace(before, sources=(cut, *before.sources[1:])))
+    assert (
+        "trains on other documents of domain0: the checkpoint on 0 to 0, this run on 0 to 8;"
+        in (divided)
+    )
+    assert divided.endswith("restore data.validation_fraction")
     with_held_out = plan(DOMAIN, held_out, iters=100, mix=MIX)
     assert "other held-out documents" in conflict(before, with_held_out, consumed=200)
     assert fault(with_held_out) == ""  # there was none: nothing to compare with
