@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
 from megatron_cgn.corpus.redact.identity import compact
 from megatron_cgn.corpus.redact.view import Span, View, last_end
@@ -11,7 +12,7 @@ _TELEPHONE = re.compile(
     r"拨打|拨|呼叫|微信|短信|"
     r"客服|总机|内线|短号|分机|"
     r"值班室|号码(?<!编号码)|"
-    r"(?<![a-z])(?:tel|telephone|phone|mobile|mob|cell|fax|call|hotline|contact|whatsapp|wechat|vx|"
+    r"(?<![a-z0-9])(?:tel|telephone|phone|mobile|mob|cell|fax|call|hotline|contact|whatsapp|wechat|vx|"
     r"ph|[mtf](?=[ ]?:))(?![a-z])",
     re.IGNORECASE,
 )
@@ -39,7 +40,7 @@ _FIXED = re.compile(
     rf"|(?<=\()(?:0{_AREA}|\+?86[ -]?0?{_AREA})\)[ -]?"
     rf"|(?<=\+)[ ]?86[ -]?(?:\(0?{_AREA}\)|0?{_AREA})[ -]?"
     rf"|(?<=0)086[ -]?0?{_AREA}[ -]?"
-    rf"){_LOCAL}(?![0-9]){_EXTENSION}",
+    rf"){_LOCAL}(?![0-9a-dfA-DF]){_EXTENSION}",
     re.S,
 )
 _SERVICE = re.compile(
@@ -51,7 +52,8 @@ _BARE = re.compile(rf"(?=[2-8](?<![0-9A-Za-z.-].)){_LOCAL}(?![0-9A-Za-z]){_EXTEN
 # Between label and number: a few words, or another number of the kind.
 _BARE_GAP = re.compile(r"[^0-9\n]{0,8}|[0-9 /、,;:()+-]{0,28}")
 _ABROAD = re.compile(
-    r"[+0](?<![0-9A-Za-z.].)(?:(?<=0)0)?[ ]?(?!86)[1-9][0-9]{0,2}[ .-]?(?:\(0?[0-9]{0,4}\)[ .-]?)?"
+    r"[+0](?<![0-9A-Za-z.].)(?!2147483647)(?:(?<=0)0)?[ ]?(?!86)[1-9][0-9]{0,2}[ .-]?"
+    r"(?:\(0?[0-9]{0,4}\)[ .-]?)?"
     r"[0-9]{1,5}(?:[ .-]?[0-9]{2,5}){1,5}(?![0-9])(?:[ ]?(?:x|ext\.?)[ ]?[0-9]{1,6})?",
     re.S,
 )
@@ -60,6 +62,11 @@ _AMERICAN = re.compile(
     r"|(?<=\()[2-9][0-9]{2}\)[ -]?|(?<=[2-9])[0-9]{2}[-.])[2-9][0-9]{2}[-. ][0-9]{4}"
     r"(?![0-9A-Za-wyz])(?:[ ]?(?:x|ext\.?)[ ]?[0-9]{1,6})?",
     re.S,
+)
+# 13812345678 kWh is no telephone.
+_UNIT = re.compile(
+    r" ?(?:[kMG]?(?:Wh|W|V|VA|Pa|Bq|Sv|J|B|iB)|bytes?|bits?|rpm|ppm|kg|mm?|km|m[23]|t|s|ms|Hz)"
+    r"(?![A-Za-z])| ?(?:千瓦|兆瓦|[度次](?![\u4e00-\u9fff])|元|万元|吨|公斤|千克|字节|%)"
 )
 
 _STREET = re.compile(r"(?:路|街|大道|道|巷|弄|胡同|村|镇)[0-9]{1,5}(?:-[0-9]{1,4})?[号弄栋]")
@@ -76,12 +83,18 @@ def telephones(view: View) -> Iterator[Span]:
         number = compact(match[0])[-11:]
         return Span("mobile", match.start(), match.end(), number)
 
+    @cache
+    def any_label() -> bool:
+        return _TELEPHONE.search(view.text) is not None
+
     def labelled(match: re.Match[str]) -> Span | None:
-        if view.label(match.start(), _TELEPHONE) is not True:
+        if not any_label() or view.label(match.start(), _TELEPHONE) is not True:
             return None
         return Span("phone", match.start(), match.end(), compact(match[0]))
 
     def bare(match: re.Match[str]) -> Span | None:
+        if not any_label():
+            return None
         before = view.before(match.start())
         label = last_end(_TELEPHONE, before)
         if label >= 0 and not _BARE_GAP.fullmatch(before, label):
@@ -137,10 +150,14 @@ def _may_be_telephone(view: View, match: re.Match[str]) -> bool:
     if label is not None:
         return label
     before = view.before(match.start(), characters=3)
-    after = view.text[match.end() : match.end() + 4]
+    after = view.text[match.end() : match.end() + 8]
+    if re.fullmatch(r"[0-9]+\.[0-9]+", match[0]):
+        return False
+    if _UNIT.match(after) and match[0].isdigit():
+        return False
     if re.search(r"[A-Za-z_=]\Z|[0-9A-Za-z]-\Z", before):
         return False
-    if re.match(r"\.[0-9]|_|-[A-Za-z]|-[0-9]{1,3}(?![0-9])", after):
+    if re.match(r"\.[0-9a-z]|_|-[A-Za-z]|-[0-9]{1,3}(?![0-9])", after):
         return False
     if match[0][0] in "+(":
         return True

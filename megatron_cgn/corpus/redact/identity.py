@@ -7,7 +7,7 @@ letter.
 
 import datetime
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from megatron_cgn.corpus.redact.view import Span, View, last_end
 
@@ -26,10 +26,13 @@ _PROVINCES = frozenset(
     "71 81 82 83".split()
 )
 
-_CREDIT_CODE = re.compile(
-    r"[1-9ANYany](?<![0-9A-Za-z].)[ -]?[1-9A-GYa-gy](?:[ -]?[0-9]){6}(?:[ -]?[0-9A-HJ-NP-RTUW-Y"
-    r"a-hj-np-rtuw-y]){10}(?![0-9A-Za-z])",
-    re.S,
+_CREDIT_CODE, _CREDIT_CODE_IN_GROUPS = (
+    re.compile(
+        rf"[1-9ANYany](?<![0-9A-Za-z].){s}[1-9A-GYa-gy](?:{s}[0-9]){{6}}(?:{s}[0-9A-HJ-NP-RTUW-Y"
+        r"a-hj-np-rtuw-y]){10}(?![0-9A-Za-z])",
+        re.S,
+    )
+    for s in ("", "[ -]?")
 )
 # Authority and category, table 1 of GB 32100.
 _AUTHORITIES = frozenset(
@@ -63,6 +66,13 @@ _LABELLED_ACCOUNT = re.compile(
 _IBAN = re.compile(r"[A-Z](?<![0-9A-Za-z].)[A-Z][0-9]{2}(?: ?[0-9A-Z]){11,30}(?![0-9A-Za-z])", re.S)
 
 _PASSPORT_LABEL = re.compile(r"护照|通行证|台胞证|旅行证|passport", re.I)
+# Right behind its label or in its column, a passport of any country: 14AB37659, C01X00T47.
+_PASSPORT_ABROAD = re.compile(
+    r"[A-Z0-9](?<![0-9A-Za-z-].)(?=[A-Z0-9]{0,7}[A-Z])(?=(?:[A-Z]{0,4}[0-9]){4})[A-Z0-9]{6,9}"
+    r"(?![0-9A-Za-z-])",
+    re.S,
+)
+_BESIDE_PASSPORT = re.compile(r"(?:护照|passport)(?: ?(?:号码?|number|no\.?))?[ :|]{0,4}\Z", re.I)
 _PASSPORT = re.compile(
     r"(?:[A-Za-z](?<![0-9A-Za-z].)[A-Za-z]?|[0-9](?<![0-9A-Za-z].))[ ]?[0-9]{6,9}(?![0-9A-Za-z])",
     re.S,
@@ -94,6 +104,9 @@ def identity_cards(view: View) -> Iterator[Span]:
             return None
         # Labels excuse a wrong check digit: a slip of the pen reveals no less.
         checked = ric.calc_check_digit(number) == number[-1]
+        # In groups it may be another number, whose label says so: 文件编号 440301-19900101-1234.
+        if len(match[0]) > len(number) and view.label(match.start(), _LABELLED_ID) is False:
+            return None
         if not checked and not _BESIDE_ID.search(view.before(match.start())):
             return None
         return Span("id_card", match.start(), match.end(), number)
@@ -131,8 +144,9 @@ def credit_codes(view: View) -> Iterator[Span]:
             return None
         return Span("credit_code", match.start(), match.end(), match[0])
 
-    # Seven of its characters may be letters, but six digits stand together in every one.
-    yield from view.matches(_CREDIT_CODE, accept)
+    # Groups need a label; rows of figures, which look like groups, are long, labels rare.
+    labelled = _LABELLED_CODE.search(view.text) is not None
+    yield from view.matches(_CREDIT_CODE_IN_GROUPS if labelled else _CREDIT_CODE, accept)
     if "税" in view.text or "识别号" in view.text:
         yield from view.matches(_TAX_NUMBER, accept_tax)
 
@@ -188,7 +202,14 @@ def passports(view: View) -> Iterator[Span]:
             return None
         return Span("passport", match.start(), match.end(), compact(match[0]))
 
+    def accept_abroad(match: re.Match[str]) -> Span | None:
+        beside = _BESIDE_PASSPORT.search(view.before(match.start()))
+        if not beside and not _PASSPORT_LABEL.search(view.heading(match.start())):
+            return None
+        return Span("passport", match.start(), match.end(), compact(match[0]))
+
     yield from view.matches(_PASSPORT, accept)
+    yield from view.matches(_PASSPORT_ABROAD, accept_abroad)
 
 
 def licence_plates(view: View) -> Iterator[Span]:
@@ -214,11 +235,14 @@ def _region(number: str) -> bool:
 
 
 def _date(digits: str) -> bool:
+    # Exceptions are slow, and most figures are no date.
+    if not "1880" <= digits[:4] <= "2100" or not "01" <= digits[4:6] <= "12":
+        return False
     try:
-        date = datetime.date(int(digits[:4]), int(digits[4:6]), int(digits[6:8]))
+        datetime.date(int(digits[:4]), int(digits[4:6]), int(digits[6:8]))
     except ValueError:
         return False
-    return 1880 <= date.year <= 2100
+    return True
 
 
 def _in_columns(view: View, match: re.Match[str]) -> bool:
@@ -235,6 +259,3 @@ def _in_columns(view: View, match: re.Match[str]) -> bool:
 
 def _word_ends(text: str) -> list[int]:
     return [len(text), *reversed([match.start() for match in re.finditer(" ", text)])]
-
-
-Detector = Callable[[View], Iterator[Span]]

@@ -104,6 +104,9 @@ WORDS = frozenset(
         "深圳 上海 北京 东莞 龙岗 龙华 宁夏 贵州 广西 湖北 南山 福田 罗湖 曾经 雷电"
         " 水化 暖通 时任 来自 现任 常驻 安防 和田 单项 向心 应变 应聘 党政 管网 管件 管壁 阳逻 "
         "池壁 "
+        "代替 修饰 满意 满足 简要 简短 简明 简洁 简历 "
+        "通過 金会 金會 丁上 宿舍 班级 班别 党派 宗教 郑重 "
+        "谢绝 陈列 胡乱 许久 许诺 郭外 段和 "
         "贝塔 包壳 常温 左岸 井下 车站 强度 冷水 安监 成人 连铸 阴离 阳离 贝氏 奥氏 牛津 章鱼 "
     ).split()
 )
@@ -123,6 +126,9 @@ ROLES = longest_first(
     "受益人 紧急联系人 配偶 父亲 母亲 导师 学生 主编 副主编 编委 专家 抄送 主送 "
     "报告者 填表 填报 制表 制图 设计 绘图 描图 处理人 发现人 报缺人 验证人 接收人 "
     "交接人 交班 接班 交班人 接班人 甲方 乙方 主管 分管领导 值班人员 当班 授权人 "
+    "操纵员 调度员 保管员 仓管员 质量员 施工员 资料员 材料员 监督员 监察员 领班 队长 "
+    "领料人 领用人 借用人 举报人 投诉人 来访人 被访人 陪同人 受检者 受训人 学员 讲师 教员 伤者 "
+    "车主 户主 医师 医生 护士 律师 "
     "委托人 受托人 承租人 出租人 买方 卖方"
 )
 """Labels of persons."""
@@ -135,6 +141,10 @@ TITLES = longest_first(
 """Titles that follow a name, and label one before a colon."""
 
 ENGLISH_LABELS = frozenset(
+    "technician instructor trainer lecturer worker relief signed foreman superintendent welder "
+    "planner buyer seller specialist physicist coordinator officer director president secretary "
+    "auditor leader dispatcher rigger nurse physician doctor applicant reporter examiner assessor "
+    "tester analyst scientist electrician mechanic translator maintainer maintainers "
     "visitor guest host driver trainee student teacher witness holder "
     "name contact person author authors author(s) attn attention signature engineer manager "
     "supervisor operator inspector attendees participants present chair chairman chairperson "
@@ -171,6 +181,8 @@ NOT_PERSONS = frozenset(
     "methods background overview appendix annex section see using new open source first last use "
     "default example input output time "
     "resources test report version revision table figure chapter china "
+    "linux kernel news channel irc protocol register serial load balancing modulator weekly "
+    "texas instruments sanitizer website page server client network interface device "
     "republic international national atomic standard standards document procedure".split()
 )
 """English words of which no name of a person is made."""

@@ -8,6 +8,7 @@ same document announces them elsewhere.
 import re
 from collections.abc import Generator, Iterator
 
+from megatron_cgn.corpus.redact.columns import cells_of_persons
 from megatron_cgn.corpus.redact.lexicon import (
     COMMON,
     COMPOUND,
@@ -21,9 +22,12 @@ from megatron_cgn.corpus.redact.lexicon import (
     WORDS,
 )
 from megatron_cgn.corpus.redact.person import (
+    ENGLISH_NAME,
     ENGLISH_WORD,
     FULL_NAME,
     HAN,
+    UPPER,
+    is_latin,
     is_person,
     name_end,
     name_span,
@@ -36,16 +40,27 @@ _SPREAD = "姓 {1,8}名|编 {1,8}制|审 {1,8}核|校 {1,8}[核对]|批 {1,8}准
 # What most labels of persons end in, also those nobody thought of.
 _ENDS = "成员|人员|姓名|指挥|代表|人|员|者|长|师|工"
 _ROLE = (
-    rf"(?:{TITLES}|{ROLES}|{_SPREAD}|{_ENDS})(?:人员?|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
+    rf"(?:{TITLES}|{ROLES}|{_SPREAD}|{_ENDS})"
+    "(?:人员?|员|者|签字|签名|签章|姓名|负责人|代表|工程师)?"
 )
 _LABEL = re.compile(
     # Asterisks: Markdown sets labels in bold type.
-    rf"{_ROLE}(?:[ ]?\([^()\n]{{0,12}}\))?\*{{0,2}}"
-    r"(?P<gap>[ \t]{0,8}(?::|=|\|)[ \t|*]{0,6}(?:\r?\n[ \t|]{0,4})?|为[: ]?|是[: ]?|[ \t]{1,8}|"
+    # Quotation marks: so does JSON.
+    rf"{_ROLE}(?:[ ]?\([^()\n]{{0,12}}\))?\*{{0,2}}[\"']?"
+    r"(?P<gap>[ \t]{0,8}(?::|=|\|)[ \t|*\"']{0,6}(?:\r?\n[ \t|]{0,4})?|为[: ]?|是[: ]?|[ \t]{1,8}|"
     r"[ \t]{0,4}\r?\n[ \t|]{0,4}|)"
 )
 # Of the labels, those that are a person and no activity.
-_PERSON = re.compile(r"(?:[人员者长师]|[员职焊]工|指挥|代表|经理|主任|姓名|专责|司机|户名)\Z")
+_PERSON = re.compile(
+    r"(?:[人员者长师]|[员职焊]工|值班|指挥|车主|户主|代表|经理|主任|姓名|专责|司机|户名)\Z"
+)
+# What a person does right after the name, in running text.
+_FOLLOWS = re.compile(
+    "[在于因]|发现|反映|汇报|报告|下令|通知|签收|确认|执行|操作|立即|未|已(?!经常)|擅自|承认|"
+    "(?<=为...)的|(?<=为..)的"
+)
+# In 个人简历, 机器人 or 工人 no person is announced.
+_NO_LABEL = re.compile("[个工器本他众客老成别]人")
 _GENERIC = re.compile("人员?|[员者长师]")
 _SAFE = re.compile(SAFE)
 _WORD_ENDS = re.compile(f"[^{HAN}]|$|{TITLES}")
@@ -70,6 +85,7 @@ _REGARDS = re.compile(
 )
 # What a name stands before: a verb, or its telephone in brackets.
 _SAYS = re.compile(
+    r"[,(]? ?(?:身份证|护照|手机|联系电话|证件号)|"
     "指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达|"
     r"\((?=\+?86|1[3-9][0-9]|0[0-9]{2,3}-|签[字名章])"
 )
@@ -79,9 +95,17 @@ _HEADING = re.compile(
 )
 
 _MANY_NAMES = 50
-_ENGLISH_SIGN = re.compile(r"[:|][ \t|*]{0,6}(?=[A-Z])|[yY] (?=[A-Z])")
+_ENGLISH_SIGN = re.compile(rf"[:|][ \t|*\"']{{0,6}}(?=[{UPPER}{HAN}])|[yY] (?=[{UPPER}])")
+# The name beside an address of mail: Li Yang <li@example.cn>.
+_ADDRESSEE = re.compile(
+    rf"(?<![{UPPER}a-z])(?P<name>{ENGLISH_NAME})[\"']? ?<(?=[^<> \n@{MASKED}]{{0,64}}[@{MASKED}])"
+    rf"|(?<![{HAN}])(?P<han>{FULL_NAME})[\"']? ?<(?=[^<> \n@{MASKED}]{{0,64}}[@{MASKED}])"
+)
+# As papers of identity print it: 姓名 CHAN TAI MAN.
+_CAPITALS = re.compile(r"[A-Z]{2,15}(?: [A-Z]{2,15}){1,3}(?![A-Za-z0-9])")
 _ENGLISH_TITLE = re.compile(
-    rf"(?:Mr|Mrs|Ms|Miss|Dr|Prof|Ing|Engr|Mme)\.? ({ENGLISH_WORD}(?: {ENGLISH_WORD}){{0,3}})"
+    rf"(?<![A-Za-z])(?:Mr|Mrs|Ms|Miss|Dr|Prof|Ing|Engr|Mme)\.? "
+    rf"({ENGLISH_WORD}(?: {ENGLISH_WORD}){{0,3}})"
 )
 
 
@@ -103,17 +127,40 @@ def _labelled(view: View) -> Iterator[Span]:
             reached = yield from _list(text, start, single=start < reached)
         # Without a sign between, the label may be a verb or part of a word.
         elif match["gap"] or _PERSON.search(match[0]):
-            end = name_end(text, start)
-            if end is None or text[start].isascii():
-                continue
-            if not match["gap"] and text[start] in NOT_SURNAMES:
-                continue
-            # 人员高效 is no person: less common surnames need a space or a known label.
-            generic = not match["gap"] and _GENERIC.fullmatch(match[0])
-            if generic and not _SAFE.match(text, start) and match[0] != "人":
-                continue
-            if _WORD_ENDS.match(text, end):
-                yield name_span(text, start, end)
+            yield from _after_label(text, match)
+
+
+def _after_label(text: str, label: re.Match[str]) -> Iterator[Span]:
+    """A Chinese name after a label without a sign between, and those enumerated with it."""
+    start, gap = label.end(), label["gap"]
+    end = name_end(text, start)
+    if end is None or is_latin(text[start]):
+        if label[0].startswith("姓名") and (capitals := _CAPITALS.match(text, start)):
+            yield name_span(text, start, capitals.end())
+        return
+    if not gap.startswith(("为", "是")) and text[start] in NOT_SURNAMES:
+        return
+    before = text[max(0, label.start() - 1) : label.start()]
+    # 人员高效 is no person: less common surnames need a known label.
+    generic = _GENERIC.fullmatch(label[0][: len(label[0]) - len(gap)])
+    safe = _SAFE.match(text, start) is not None
+    if generic and not safe and (_NO_LABEL.fullmatch(before + "人") or generic[0] != "人"):
+        return
+    if "\n" in gap and not _stands_alone(text, label.start(), end):
+        return
+    if _WORD_ENDS.match(text, end) or _FOLLOWS.match(text, end) and (safe or not generic):
+        yield name_span(text, start, end)
+        if gap and text[end : end + 1] == "、":
+            yield from _list(text, end + 1, single=False)
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether label and name fill their two lines, unlike a sentence broken between them."""
+    line = text[max(0, start - 12) : start].rpartition("\n")
+    short = (line[1] or start <= 12) and len(line[2]) <= 6
+    return (
+        bool(short) and re.match(r"[ \t|*]*(?:[\n,、(]|\Z| {2})", text[end : end + 12]) is not None
+    )
 
 
 def _labelled_english(view: View) -> Iterator[Span]:
@@ -123,6 +170,10 @@ def _labelled_english(view: View) -> Iterator[Span]:
             reached = yield from _list(text, match.end(), single=match.end() < reached)
     for match in _REGARDS.finditer(text):
         yield from _list(text, match.end(), single=True)
+    for match in _ADDRESSEE.finditer(text):
+        start, end = match.span(match.lastgroup or 0)
+        if is_person(text[start:end]):
+            yield name_span(text, start, end)
     for match in _ENGLISH_TITLE.finditer(text):
         if is_person(match[1].split()[0]):
             yield name_span(text, match.start(1), match.end(1))
@@ -130,15 +181,16 @@ def _labelled_english(view: View) -> Iterator[Span]:
 
 def _english_label(text: str, position: int) -> bool:
     """Whether a label of a person ends at a position."""
-    line = text[max(0, position - 40) : position].rpartition("\n")[2]
-    words = [word.strip("*_#.|-").lower() for word in line.split()][-2:]
+    line = re.split(r"[,;|/()\n{]", text[max(0, position - 40) : position].rstrip("| \t"))[-1]
+    words = [word.strip("*_#.|-\"'").lower() for word in line.split()][-2:]
     if not words:
         return False
     if words[-1] == "by":
         return words[0] in ENGLISH_VERBS
     if words[-1] == "name" and len(words) == 2 and words[0]:
         return words[0] in WHOSE_NAME
-    return words[-1] in ENGLISH_LABELS
+    # 联系人Contact
+    return re.sub(f"[{HAN}]", "", words[-1]) in ENGLISH_LABELS
 
 
 def _list(text: str, position: int, *, single: bool) -> Generator[Span, None, int]:
@@ -194,6 +246,8 @@ def _fits_title(text: str, start: int, end: int, title: str) -> bool:
 def _word_begins(text: str, position: int) -> bool:
     """Whether a word begins at a position, judging by what is before it."""
     before = text[position - 1 : position]
+    if text[max(0, position - 2) : position] == "敬的":
+        return True
     return not _is_han(before) or before in "请由与和及向对找给经让跟问是客户系"
 
 
@@ -210,6 +264,9 @@ def _acting(view: View) -> Iterator[Span]:
         end = match.start()
         for start in range(end - 2, max(end - 5, -1), -1):
             name = text[start:end]
+            papers = not match[0].startswith("(") and match[0][-1] in "证照机话号"
+            if papers and end - start < 3 and name[:1] not in COMMON:
+                continue
             if _FULL_NAME.fullmatch(name) and _sure(name) and not _is_han(text[start - 1 : start]):
                 yield name_span(text, start, end)
                 break
@@ -224,18 +281,8 @@ def _is_han(character: str) -> bool:
 
 
 def _in_tables(view: View) -> Iterator[Span]:
-    for table in view.tables:
-        columns = [i for i, text in enumerate(table.headings) if _HEADING.fullmatch(text)]
-        if not columns:
-            continue
-        ends = [start - 1 for start in table.starts[1:]] + [table.end]
-        for start, end in list(zip(table.starts, ends, strict=True))[1:]:
-            offset = start
-            for column, cell in enumerate(view.text[start:end].split(table.separator)):
-                if column in columns and cell.strip():
-                    begin = offset + len(cell) - len(cell.lstrip())
-                    yield from _list(view.text, begin, single=False)
-                offset += len(cell) + 1
+    for position in cells_of_persons(view, _HEADING):
+        yield from _list(view.text, position, single=False)
 
 
 def _repeated(view: View, found: dict[str, None]) -> Iterator[Span]:
@@ -243,7 +290,7 @@ def _repeated(view: View, found: dict[str, None]) -> Iterator[Span]:
     text = view.text
     for start, end in _places(text, [name for name in found if len(name) > 1]):
         name = text[start:end]
-        if name.isascii():
+        if is_latin(name):
             alone = not (text[start - 1 : start] + text[end : end + 1]).isalnum()
             sure = " " in name and alone
         else:

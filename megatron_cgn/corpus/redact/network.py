@@ -34,7 +34,7 @@ _SPELT_DOMAIN = re.compile(
 _MACHINE = re.compile(
     r"ip|地址|网关|子网|服务器|主机|网段|交换机|路由|防火墙|端口|摄像机|工控机|采集器|交换器|登录|访问|内网|外网|网络|"
     r"(?<![a-z])(?:dns|ping|ssh|ftp|gateway|host|server|address|addr|from|client|remote|proxy|"
-    r"telnet|subnet|listen|login|node|https?://)|@\Z",
+    r"telnet|subnet|dhcp|lease|listen|login|node|https?://)|@\Z",
     re.IGNORECASE,
 )
 _IPV4 = re.compile(
@@ -51,7 +51,7 @@ _IPV6 = re.compile(
     re.S,
 )
 # A longer chain of such groups, such as a fingerprint, is no address.
-_HEX_BEFORE = re.compile(r"(?<![0-9A-Za-z])[0-9A-Fa-f]{0,4}[:-]\Z")
+_HEX_BEFORE = re.compile(r"(?<![0-9A-Za-z])(?:[0-9A-Fa-f]{1,4}|:)[:-]\Z")
 _HEX_PAIRS = re.compile(r"[:-][0-9A-Fa-f]{2}(?=[:-])")
 _MAC = re.compile(
     r"[0-9A-Fa-f](?<![0-9A-Za-z].)[0-9A-Fa-f](?:([:-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![0-9A-Za-z]|[:-][0-9A-Fa-f])",
@@ -60,6 +60,8 @@ _MAC = re.compile(
 _MAC_DOTS = re.compile(
     r"[0-9A-Fa-f](?<![0-9A-Za-z.].)[0-9A-Fa-f]{3}(?:[.-][0-9A-Fa-f]{4}){2}(?![0-9A-Za-z.])", re.S
 )
+# Null, broadcast, and the groups of IP multicast and bridges.
+_NOBODYS_MAC = re.compile("0{12}|F{12}|01005E|3333|0180C2")
 _LABELLED_MAC = re.compile(r"mac|物理地址|以太网|ethernet|硬件地址|网卡", re.IGNORECASE)
 
 
@@ -119,6 +121,8 @@ def machines(view: View) -> Iterator[Span]:
     def mac(match: re.Match[str]) -> Span | None:
         if _HEX_BEFORE.search(view.before(match.start(), characters=6)):
             return None
+        if _NOBODYS_MAC.match(compact(match[0])):
+            return None
         letters = any(character.isalpha() for character in match[0])
         if not letters and not view.label(match.start(), _LABELLED_MAC):
             return None
@@ -149,8 +153,8 @@ def _is_host(text: str) -> bool:
         address = ipaddress.IPv4Address(text)
     except ValueError:
         return False
-    nobody = address.is_loopback or address.is_unspecified or address.is_multicast
-    return not nobody and not text.startswith("255.")
+    nobody = address.is_loopback or address.is_multicast
+    return not nobody and not text.startswith(("0.", "255.")) and not text.endswith(".0.0")
 
 
 def _labelled_host(view: View, match: re.Match[str]) -> bool:

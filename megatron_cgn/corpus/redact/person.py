@@ -5,6 +5,7 @@ import re
 from megatron_cgn.corpus.redact.lexicon import (
     COMMON,
     COMPOUND,
+    ENGLISH_LABELS,
     NOT_GIVEN,
     NOT_PERSONS,
     OTHER,
@@ -13,13 +14,16 @@ from megatron_cgn.corpus.redact.lexicon import (
 )
 from megatron_cgn.corpus.redact.view import Span
 
+# A label is no name: Custom Driver, Project Manager.
+_NOT_PERSONS = NOT_PERSONS | ENGLISH_LABELS
+
 HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 
 # What may follow a name without a space.
 _AFTER = (
     rf"(?=[^{HAN}]|$|{TITLES}|电话|手机|邮箱|联系|身份证|性别|部门|职务|职称|工号|日期|编制|校核|"
     r"校对|审核|审定|批准|会签|负责|提出|汇报|介绍|表示|指出|认为|说|主持|和|与|及|等|的|在|于|"
-    r"已|将|以及|"
+    r"已|将|以及|发现|反映|下令|签收|擅自|"
     r"男|女|签)"
 )
 _GIVEN = rf"[{HAN}](?<![{NOT_GIVEN}])"
@@ -31,16 +35,21 @@ _CHINESE = re.compile(
 )
 _MINORITY = re.compile(rf"[{HAN}]{{2,10}}[·•・][{HAN}]{{2,10}}(?:[·•・][{HAN}]{{2,10}})?{_AFTER}")
 
+# Letters of Western and Central Europe.
+UPPER = "A-ZÀ-ÖØ-ÞĀĂĄĆČĎĐĒĖĘĚĞĢĪİĶĹĽŁŃŅŇŐŒŔŘŚŞŠŢŤŪŮŰŲŸŹŻŽȘȚ"
+_LOWER = "a-zß-öø-ÿāăąćčďđēėęěğģīıķĺľłńņňőœŕřśşšţťūůűųźżžșț"
 ENGLISH_WORD = (
-    r"(?:[A-Z](?:\.|[a-z]+(?:[-'][A-Z]?[a-z]+)*)|[A-Z][a-z]?['][A-Z][a-z]+|Mc[A-Z][a-z]+)"
+    rf"(?:[{UPPER}](?:\.|[{_LOWER}]+(?:[-'][{UPPER}]?[{_LOWER}]+)*)"
+    rf"|[{UPPER}][{_LOWER}]?['][{UPPER}][{_LOWER}]+|Mc[{UPPER}][{_LOWER}]+)"
 )
 """A word of an English name, or an initial, as a regular expression."""
-_ENGLISH = re.compile(
+ENGLISH_NAME = (
     rf"(?:{ENGLISH_WORD}|[A-Z]{{2,12}}(?= [A-Z][a-z]))"
     rf"(?: {ENGLISH_WORD}|(?<=\.)-?{ENGLISH_WORD}| [A-Z]{{2,15}}(?![A-Za-z])"
-    r"| (?:de|van|von|der|la|le|bin|al)(?= )){1,3}"
-    r"(?![A-Za-z])"
+    rf"| (?:de|van|von|der|la|le|bin|al)(?= )){{1,3}}(?![{UPPER}{_LOWER}])"
 )
+"""An English name of two words or more, as a regular expression."""
+_ENGLISH = re.compile(ENGLISH_NAME)
 
 
 def name_end(text: str, position: int) -> int | None:
@@ -60,6 +69,18 @@ def name_end(text: str, position: int) -> int | None:
     return None
 
 
+def is_latin(name: str) -> bool:
+    """Whether a name is written in Latin letters.
+
+    Args:
+        name: A name.
+
+    Returns:
+        False if it begins with a Chinese character.
+    """
+    return re.match(f"[{HAN}]", name) is None
+
+
 def is_person(name: str) -> bool:
     """Whether what has the shape of a name is no other word.
 
@@ -69,8 +90,8 @@ def is_person(name: str) -> bool:
     Returns:
         False for ``安全`` or ``Quality Department``.
     """
-    if name.isascii():
-        return not any(word.lower() in NOT_PERSONS for word in re.split(r"[ .-]+", name))
+    if is_latin(name):
+        return not any(word.lower() in _NOT_PERSONS for word in re.split(r"[ .-]+", name))
     return name.replace(" ", "")[:2] not in WORDS
 
 
@@ -86,5 +107,5 @@ def name_span(text: str, start: int, end: int) -> Span:
         The finding.
     """
     name = text[start:end]
-    value = " ".join(name.split()).lower() if name.isascii() else re.sub(r"\s", "", name)
+    value = " ".join(name.split()).lower() if is_latin(name) else re.sub(r"\s", "", name)
     return Span("name", start, end, value)
