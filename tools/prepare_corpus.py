@@ -5,10 +5,11 @@ r"""Make a corpus from raw documents: clean, deduplicate, redact, decontaminate,
 
 writes shards for ``preprocess_data.py`` into ``corpus/train`` and ``corpus/validation``, what was
 left out and why into ``corpus/dropped``, and ``corpus/report.html`` to look at. Inputs: JSON Lines,
-plain or compressed with gzip or zstd; Parquet; text, Markdown, HTML, PDF and DOCX files; folders of
-these. Of equal documents, that of the source named first is kept. Settings follow as
-``step.name=value``; megatron_cgn/config/corpus.py has all of them. An interrupted run goes on when
-the same command is given again. The output does not depend on ``--workers``.
+plain or compressed with gzip or zstd; Parquet and Arrow; text, Markdown, HTML, PDF and DOCX files;
+folders of these; directories saved by `datasets`. Of equal documents, that of the source named
+first is kept. Settings follow as ``step.name=value``; megatron_cgn/config/corpus.py has all of
+them. An interrupted run goes on when the same command is given again. The output does not depend
+on ``--workers``.
 
     python tools/prepare_corpus.py trace --document ID --in corpus/ indexes/ runs/
     python tools/prepare_corpus.py trace --checkpoint runs/cpt/checkpoints/step_0000100
@@ -23,7 +24,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_cgn.config.corpus import CorpusConfig
+from megatron_cgn.corpus.manifest import one_sided
 from megatron_cgn.corpus.pipeline import prepare_corpus
 from megatron_cgn.corpus.sources import Source
 from megatron_cgn.errors import ConfigError, UserError
@@ -73,7 +75,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
             overwrite=arguments.overwrite,
             progress=bars.update,
         )
-    _print_summary(arguments.output, manifest)
+    _say(_summary(arguments.output, manifest))
     return 0
 
 
@@ -118,7 +120,7 @@ def _trace(words: Sequence[str]) -> int:
         parser.error("--document needs --in and takes no --output")
     else:
         lines = trace_document(arguments.document, arguments.places)
-    print("\n".join(lines))
+    _say(lines)
     return 0
 
 
@@ -287,10 +289,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _print_summary(output: str, manifest: dict[str, Any]) -> None:
+def _summary(output: str, manifest: dict[str, Any]) -> Iterator[str]:
     counts = manifest["counts"]
-    print(f"{output}: {len(manifest['files'])} files; look at {Path(output) / 'report.html'}")
-    print(f"  {'source':<16}{'read':>12}{'dropped':>12}{'train':>12}{'validation':>12}")
+    yield f"{output}: {len(manifest['files'])} files; look at {Path(output) / 'report.html'}"
+    yield f"  {'source':<16}{'read':>12}{'dropped':>12}{'train':>12}{'validation':>12}"
     for source in manifest["sources"]:
         name = source["name"]
         numbers = (
@@ -299,13 +301,23 @@ def _print_summary(output: str, manifest: dict[str, Any]) -> None:
             counts["train"].get(name, {}).get("documents", 0),
             counts["validation"].get(name, {}).get("documents", 0),
         )
-        print(f"  {name:<16}" + "".join(f"{number:>12,}" for number in numbers))
+        yield f"  {name:<16}" + "".join(f"{number:>12,}" for number in numbers)
     reasons: dict[str, int] = {}
     for dropped in counts["dropped"].values():
         for reason, number in dropped.items():
             reasons[reason] = reasons.get(reason, 0) + number
     for reason in sorted(reasons, key=lambda reason: -reasons[reason]):
-        print(f"  {reason:<40}{reasons[reason]:>12,}")
+        yield f"  {reason:<40}{reasons[reason]:>12,}"
+    yield from one_sided(manifest)
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Print; who has read enough, such as ``head``, may close the pipe."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, else Python complains of it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Nothing in it depends on when, where or by how many workers it was made: the sam
 same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_cgn.corpus.shards import Written
@@ -76,6 +76,40 @@ def counts(tally: Tally) -> dict[str, Any]:
     )
     numbers = {name: _sorted(tally.get(name, {})) for name in names}
     return numbers | {"crowded": tally["crowded"]}
+
+
+def one_sided(manifest: dict[str, Any]) -> Iterator[str]:
+    """Say which sources have nothing to validate on, or nothing to train on.
+
+    Args:
+        manifest: What is in ``manifest.json``.
+
+    Yields:
+        A sentence a source, with the remedy.
+    """
+    split = manifest["settings"]["split"]
+    fraction, group_by = split["validation_fraction"], split["group_by"]
+    for name in (source["name"] for source in manifest["sources"]):
+        train, held_out = (
+            manifest["counts"][piece].get(name, {}).get("documents", 0)
+            for piece in ("train", "validation")
+        )
+        if train and not held_out and fraction:
+            yield (
+                f"{name}: nothing is held out: of its {train:,} documents none falls below "
+                f"split.validation_fraction={fraction}. Raise that to validate on it"
+                + (
+                    f", or see which documents split.group_by={group_by!r} joins."
+                    if group_by
+                    else "."
+                )
+            )
+        elif held_out and not train:
+            yield (
+                f"{name}: nothing is left to train on: all of its {held_out:,} documents are held "
+                f"out. Lower split.validation_fraction={fraction}, or see which documents "
+                f"split.group_by={group_by!r} joins."
+            )
 
 
 def _sorted(value: Any) -> Any:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cgn.config.corpus import CorpusConfig
 from megatron_cgn.corpus import decisions, first_pass, second_pass
@@ -40,6 +40,9 @@ from megatron_cgn.corpus.threshold import check_bad
 from megatron_cgn.corpus.work import Work, read_json, sync, write_json
 from megatron_cgn.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from megatron_cgn.corpus.decontaminate import EvaluationFile
+
 Progress = Callable[[str, int, int], None]
 """Called with the name of a pass, what has been done of it since the last call, and the total."""
 
@@ -60,6 +63,8 @@ class Job:
     """The output directory."""
     work: Work
     """The work directory."""
+    evaluation_files: "tuple[EvaluationFile, ...]"
+    """What became of each evaluation file."""
     workers: int
     """Processes."""
     progress: Progress
@@ -110,6 +115,7 @@ def prepare_corpus(
             plan=plan,
             output=output,
             work=work,
+            evaluation_files=steps.evaluation_files,
             workers=workers,
             progress=progress,
         )
@@ -265,6 +271,7 @@ def _assemble(job: Job, names: Sequence[str], digests: Sequence[str]) -> None:
         tally=tally,
         clusters=Decisions(job.work, prior=job.settings.deduplicate.prior).clusters(),
         redact=job.settings.redact,
+        evaluation_files=job.evaluation_files,
     )
     write_json(out / "manifest.json", manifest)
 

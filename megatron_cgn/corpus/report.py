@@ -5,16 +5,21 @@ before it is shown, also where the corpus itself is not.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_cgn.config.corpus import RedactConfig
 from megatron_cgn.corpus.charts import bars
 from megatron_cgn.corpus.document import Document
+from megatron_cgn.corpus.manifest import one_sided
 from megatron_cgn.corpus.redact import Redactor
 from megatron_cgn.corpus.tally import Tally
+
+if TYPE_CHECKING:
+    from megatron_cgn.corpus.decontaminate import EvaluationFile
 
 # Shorter than what was kept: a number that is cut at the end is no number a redactor knows.
 _SHOWN_CHARS = 300
@@ -30,6 +35,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f6f8fa; padding: .5rem .75rem; white-space: pre-wrap; word-break: break-word;
       margin: .25rem 0 1rem; max-height: 14rem; overflow: auto; }
 code { font-size: .9em; word-break: break-all; } summary { cursor: pointer; }
+.warning { border-left: .25rem solid #d98b2b; padding-left: .75rem; }
 .id { font-weight: 600; word-break: break-all; } .muted { color: #59636e; }
 svg text { font-size: 13px; fill: currentColor; }
 .c0 { fill: #3b6fb5; } .c1 { fill: #d98b2b; } .c2 { fill: #4b9a6a; }
@@ -44,6 +50,7 @@ def write_report(
     tally: Tally,
     clusters: Sequence[dict[str, Any]],
     redact: RedactConfig,
+    evaluation_files: "Sequence[EvaluationFile]" = (),
 ) -> None:
     """Write the report.
 
@@ -53,9 +60,12 @@ def write_report(
         tally: Counts and examples of both passes.
         clusters: The documents with most duplicates: ``id``, ``duplicates``, ``members``.
         redact: Settings of redaction.
+        evaluation_files: What became of each evaluation file.
     """
     redactor = Redactor(redact if redact.enabled else RedactConfig())
-    page = _Page(manifest, tally, clusters, lambda text: _redacted(redactor, text))
+    page = _Page(
+        manifest, tally, clusters, evaluation_files, lambda text: _redacted(redactor, text)
+    )
     path.write_text(page.html(), encoding="utf-8", errors="replace")
 
 
@@ -70,12 +80,14 @@ class _Page:
         manifest: dict[str, Any],
         tally: Tally,
         clusters: Sequence[dict[str, Any]],
+        evaluation_files: "Sequence[EvaluationFile]",
         safe: Callable[[str], str],
     ) -> None:
         self._manifest = manifest
         self._counts = manifest["counts"]
         self._tally = tally
         self._clusters = clusters
+        self._evaluation_files = evaluation_files
         self._safe = safe
 
     def html(self) -> str:
@@ -83,6 +95,7 @@ class _Page:
             self._overview(),
             self._sources(),
             self._dropped(),
+            self._evaluation(),
             self._changes(),
             self._charts(),
             self._duplicates(),
@@ -145,7 +158,10 @@ class _Page:
             '<p class="muted">Renamed: documents whose id another one had already; a hash was '
             "added to it.</p>"
         )
-        return "<h2>Sources</h2>" + _table(heads, rows) + note + skipped
+        warnings = "".join(
+            f'<p class="warning">{escape(text)}</p>' for text in one_sided(self._manifest)
+        )
+        return "<h2>Sources</h2>" + _table(heads, rows) + warnings + note + skipped
 
     def _dropped(self) -> str:
         reasons: dict[str, int] = {}
@@ -162,6 +178,21 @@ class _Page:
         )
         examples = "".join(self._examples(reason, reasons[reason]) for reason in ordered)
         return "<h2>What was left out</h2>" + table + examples
+
+    def _evaluation(self) -> str:
+        if not self._evaluation_files:
+            return ""
+        rows = [
+            [os.path.basename(file.path), file.items, file.unmatched_items]
+            for file in self._evaluation_files
+        ]
+        note = (
+            '<p class="muted">Not looked for: items too short, or nothing but stock phrases '
+            "(<code>decontaminate.min_item_tokens</code>, <code>max_shared_items</code>). That no "
+            "document holds them is not known.</p>"
+        )
+        table = _table(("file", "#items", "#not looked for"), rows)
+        return "<h2>Evaluation files</h2>" + table + note
 
     def _examples(self, kind: str, total: int) -> str:
         shown = self._tally.get("examples", {}).get(kind, [])

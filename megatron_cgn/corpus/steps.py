@@ -11,7 +11,7 @@ from megatron_cgn.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_cgn.corpus.clean import Cleaner
-    from megatron_cgn.corpus.decontaminate import Decontaminator
+    from megatron_cgn.corpus.decontaminate import Decontaminator, EvaluationFile
     from megatron_cgn.corpus.dedup import Signer
     from megatron_cgn.corpus.redact import Redactor
 
@@ -77,6 +77,11 @@ class Steps:
         """Drop or cut a document that overlaps the evaluation files."""
         step = self._decontaminator
         return step(document) if step else Outcome(text=document.text)
+
+    @property
+    def evaluation_files(self) -> "tuple[EvaluationFile, ...]":
+        """What became of each evaluation file; none where nothing is compared with them."""
+        return self._decontaminator.files if self._decontaminator else ()
 
     # The imports are here because each step's packages are its own, and slow to load.
 

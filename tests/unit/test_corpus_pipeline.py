@@ -23,6 +23,7 @@ from megatron_cgn.config.corpus import (
     WriteConfig,
 )
 from megatron_cgn.corpus import pipeline, second_pass
+from megatron_cgn.corpus.manifest import one_sided
 from megatron_cgn.corpus.pipeline import prepare_corpus
 from megatron_cgn.corpus.sources import Source
 from megatron_cgn.corpus.trace import find_documents
@@ -378,6 +379,39 @@ def test_documents_of_evaluation_files_are_dropped(tmp_path: Path) -> None:
     assert sum(count for reason, count in reasons.items() if reason.startswith("contam")) == 1
     (found,) = find_documents("d0-7", corpora=[tmp_path / "out"])
     assert found.row["status"] == "dropped" and found.evidence and "exam.jsonl" in found.evidence
+
+
+def test_the_report_tells_what_is_not_looked_for(tmp_path: Path) -> None:
+    questions = [{"question": record(7)[-90:]}, {"question": "是不是？"}, {"question": "短"}]
+    path = write_jsonl(tmp_path / "exam<1>.jsonl", questions)
+    _prepare(
+        tmp_path,
+        tmp_path / "out",
+        decontaminate=DecontaminateConfig(evaluation_files=(str(path),)),
+    )
+    report = (tmp_path / "out" / "report.html").read_text()
+    row = '<td>exam&lt;1&gt;.jsonl</td><td class="n">3</td><td class="n">2</td>'
+    assert row in report
+
+
+@pytest.mark.parametrize(
+    ("fraction", "told"),
+    [
+        (0.2, {"general: nothing is held out: of its 2 documents"}),
+        (0.0, set()),
+        (0.99, {"domain: nothing is left to train on", "general: nothing is left to train on"}),
+    ],
+)
+def test_a_source_on_one_side_of_the_split_is_told(
+    tmp_path: Path, fraction: float, told: set[str]
+) -> None:
+    split = SplitConfig(validation_fraction=fraction, group_by="^(.)" if fraction > 0.9 else "")
+    manifest = _prepare(tmp_path, tmp_path / "out", split=split)
+    sentences = list(one_sided(manifest))
+    assert len(sentences) == len(told)
+    assert all(any(sentence.startswith(text) for sentence in sentences) for text in told)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert report.count('class="warning"') == len(told)
 
 
 def test_a_fault_of_the_settings_is_told_before_anything_is_made(tmp_path: Path) -> None:
