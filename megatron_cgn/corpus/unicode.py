@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator
 from functools import cache
 
+_PIECE_CHARACTERS = 1 << 18
 _SUBSCRIPTS_AND_THE_LIKE = ("super", "sub", "fraction", "circle")
 # What Chinese shares with ASCII and keeps wide. 。、「」 have no such counterpart.
 _WIDE_PUNCTUATION = "，：；！？（）"
@@ -102,8 +103,8 @@ def normalise(text: str) -> tuple[str, int]:
         text, bullets = _PRIVATE_BULLET.subn(r"\1•", text)
         text, boxes = _BOX.subn("□", text)
         changed += bullets + boxes
-    text, replaced = _replaced().subn(_replacement, text)
-    text, astral = _ASTRAL.subn(_replacement, text)
+    text, replaced = _replace(_replaced(), text)
+    text, astral = _replace(_ASTRAL, text)
     text, joiners = _JOINER.subn("", text)
     changed += replaced + astral + joiners
     if not unicodedata.is_normalized("NFC", text):
@@ -140,6 +141,15 @@ def _replaced() -> re.Pattern[str]:
     # Of the basic plane only: beyond it `re` looks through a set one by one, 20 times slower.
     basic = (character for character in _mapping() if character <= "\uffff")
     return re.compile(f"[{re.escape(''.join(basic))}\ue000-\uf8ff]")
+
+
+def _replace(single: re.Pattern[str], text: str) -> tuple[str, int]:
+    """Replace single characters, piece by piece: `re` keeps an object for each that it found."""
+    pieces = [
+        single.subn(_replacement, text[start : start + _PIECE_CHARACTERS])
+        for start in range(0, len(text), _PIECE_CHARACTERS)
+    ]
+    return "".join(piece for piece, _ in pieces), sum(times for _, times in pieces)
 
 
 def _replacement(match: re.Match[str]) -> str:

@@ -1,9 +1,11 @@
+import tracemalloc
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_cgn.corpus import unicode
 from megatron_cgn.corpus.unicode import normalise
 
 PLAIN_CHINESE = "中"
@@ -89,6 +91,21 @@ def test_fonts_of_symbols_are_read_as_what_they_show() -> None:
     assert normalise("压力\uf0a3设计值，结论：\uf0a3合格")[0] == "压力≤设计值，结论：□合格"
     # GBK's own private characters are ideographs that nobody can tell.
     assert normalise("\ue123某")[0] == "\ufffd某"
+
+
+def test_long_texts_are_normalised_alike_in_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unit = "　泵Ａ😀\u200b压力5 \uf06dm，"
+    once, changed = normalise(unit)
+    monkeypatch.setattr(unicode, "_PIECE_CHARACTERS", 1 << 12)
+    tracemalloc.start()
+    text, times = normalise(unit * 10_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (text, times) == (once * 10_000, changed * 10_000)
+    # The text takes 0.5 MB; an object for each of the 40,000 replacements took 3 more.
+    assert peak < 2.5e6
 
 
 def test_controls_of_windows_1252_are_read_as_such() -> None:
