@@ -26,7 +26,13 @@ from megatron_cgn.corpus.kept import write_kept
 from megatron_cgn.corpus.manifest import make_manifest
 from megatron_cgn.corpus.parts import Part, describe, read_parts
 from megatron_cgn.corpus.place import claimed
-from megatron_cgn.corpus.plan import describe_plan, is_published, open_work, publish
+from megatron_cgn.corpus.plan import (
+    check_prior_place,
+    describe_plan,
+    is_published,
+    open_work,
+    publish,
+)
 from megatron_cgn.corpus.pool import map_in_order
 from megatron_cgn.corpus.records import COLUMNS
 from megatron_cgn.corpus.report import write_report
@@ -104,6 +110,7 @@ def prepare_corpus(
     steps.build()
     steps.check_prior()
     output = Path(output)
+    check_prior_place(output, settings)
     inputs = find_inputs(sources, output=output)
     plan = describe_plan(settings, sources, inputs, steps=steps)
     with claimed(output):

@@ -20,7 +20,7 @@ from megatron_cgn.corpus.place import WORK
 from megatron_cgn.corpus.sources import Inputs, Source, digest
 from megatron_cgn.corpus.steps import Steps
 from megatron_cgn.corpus.work import Work, read_json, sync, write_json
-from megatron_cgn.errors import DataError
+from megatron_cgn.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def check_prior_place(output: Path, settings: CorpusConfig) -> None:
+    """Refuse to replace an earlier corpus by what it does not hold: both would be lost in part.
+
+    Args:
+        output: The output directory.
+        settings: Of all steps.
+
+    Raises:
+        ConfigError: If an earlier corpus lies in the output.
+    """
+    target = Path(os.path.realpath(output))
+    for path in settings.deduplicate.prior:
+        if Path(os.path.realpath(path)).is_relative_to(target):
+            raise ConfigError(
+                f"deduplicate.prior: {path}; lies in the output {output}, which would replace that "
+                "corpus by what it does not hold. Choose another --output."
+            )
 
 
 def open_work(output: Path, plan: dict[str, Any], *, overwrite: bool) -> Work:

@@ -368,6 +368,23 @@ def test_documents_of_an_earlier_corpus_are_dropped(
     assert dropped["evidence"] == f"equal to d0-2 of {made[0]}"
 
 
+def test_an_earlier_corpus_is_not_replaced_by_what_it_lacks(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": record(1)}])
+    output, source = tmp_path / "out", Source(name="domain", paths=(str(path),))
+    prepare_corpus([source], output=output, settings=SMALL)
+    before = tree(output)
+    (tmp_path / "link").symlink_to(output)
+    prior = DeduplicateConfig(prior=(str(tmp_path / "link" / "signatures"),))
+    with pytest.raises(ConfigError, match="lies in the output"):
+        prepare_corpus(
+            [source],
+            output=output,
+            settings=dataclasses.replace(SMALL, deduplicate=prior),
+            overwrite=True,
+        )
+    assert tree(output) == before
+
+
 def test_documents_of_evaluation_files_are_dropped(tmp_path: Path) -> None:
     questions = write_jsonl(tmp_path / "exam.jsonl", [{"question": record(7)[-90:]}])
     manifest = _prepare(
