@@ -69,7 +69,7 @@ def _english(text: str) -> bool:
 def _loose(text: str, heading: re.Pattern[str]) -> Iterator[int]:
     """Rows of as many cells as the headings above them, between commas or spaces."""
     reached = 0
-    for label in re.finditer("姓名|[Nn]ame|司机|驾驶员|负责人|联系人|成员|人员", text):
+    for label in re.finditer("姓名|name|Name|司机|驾驶员|负责人|联系人|成员|人员", text):
         if label.start() < reached:
             continue
         start = text.rfind("\n", max(0, label.start() - 200), label.start()) + 1

@@ -19,7 +19,12 @@ _LABELLED_ID = re.compile(r"身份证|身份号|证件|公民身份|居民身份
 
 # Patterns begin with a set of characters and look behind it: `re` then skips quickly to the next
 # candidate, where a leading lookbehind would be tried at every character.
-_ID_18 = re.compile(rf"[1-9](?<![0-9].)(?:{_S}[0-9]){{16}}{_S}[0-9Xx](?![0-9])", re.S)
+_ID_18 = re.compile(
+    # The century soon ends the search in rows of figures.
+    rf"[1-9](?<![0-9].)(?:{_S}[0-9]){{5}}{_S}(?:1{_S}[89]|2{_S}[01])(?:{_S}[0-9]){{9}}"
+    rf"{_S}[0-9Xx](?![0-9])",
+    re.S,
+)
 _ID_15 = re.compile(r"[1-9](?<![0-9A-Za-z.].)[0-9]{14}(?![0-9A-Za-z])", re.S)
 _PROVINCES = frozenset(
     "11 12 13 14 15 21 22 23 31 32 33 34 35 36 37 41 42 43 44 45 46 50 51 52 53 54 61 62 63 64 65 "

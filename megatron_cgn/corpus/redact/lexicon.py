@@ -182,6 +182,7 @@ NOT_PERSONS = frozenset(
     "default example input output time "
     "resources test report version revision table figure chapter china "
     "linux kernel news channel irc protocol register serial load balancing modulator weekly "
+    "sa ag gmbh llc os dma io cpu incomplete trusted "
     "texas instruments sanitizer website page server client network interface device "
     "republic international national atomic standard standards document procedure".split()
 )

@@ -85,7 +85,7 @@ _REGARDS = re.compile(
 )
 # What a name stands before: a verb, or its telephone in brackets.
 _SAYS = re.compile(
-    r"[,(]? ?(?:身份证|护照|手机|联系电话|证件号)|"
+    "身份证|护照|手机|联系电话|证件号|"
     "指出|表示|强调|认为|汇报|介绍|补充|发言|宣布|总结|传达|"
     r"\((?=\+?86|1[3-9][0-9]|0[0-9]{2,3}-|签[字名章])"
 )
@@ -97,15 +97,17 @@ _HEADING = re.compile(
 _MANY_NAMES = 50
 _ENGLISH_SIGN = re.compile(rf"[:|][ \t|*\"']{{0,6}}(?=[{UPPER}{HAN}])|[yY] (?=[{UPPER}])")
 # The name beside an address of mail: Li Yang <li@example.cn>.
+_MAIL = re.compile(rf"<(?=[^<> \n@{MASKED}]{{0,64}}[@{MASKED}])")
 _ADDRESSEE = re.compile(
-    rf"(?<![{UPPER}a-z])(?P<name>{ENGLISH_NAME})[\"']? ?<(?=[^<> \n@{MASKED}]{{0,64}}[@{MASKED}])"
-    rf"|(?<![{HAN}])(?P<han>{FULL_NAME})[\"']? ?<(?=[^<> \n@{MASKED}]{{0,64}}[@{MASKED}])"
+    rf"(?:(?<![{UPPER}a-z]){ENGLISH_NAME}|(?<![{HAN}]){FULL_NAME})(?=[\"']? ?\Z)"
 )
 # As papers of identity print it: 姓名 CHAN TAI MAN.
 _CAPITALS = re.compile(r"[A-Z]{2,15}(?: [A-Z]{2,15}){1,3}(?![A-Za-z0-9])")
 _ENGLISH_TITLE = re.compile(
-    rf"(?<![A-Za-z])(?:Mr|Mrs|Ms|Miss|Dr|Prof|Ing|Engr|Mme)\.? "
-    rf"({ENGLISH_WORD}(?: {ENGLISH_WORD}){{0,3}})"
+    # Not the end of DIMMs.
+    r"[MDPIE](?<![A-Za-z].)(?:(?<=M)(?:rs?|s|iss|me)|(?<=D)r|(?<=P)rof|(?<=I)ng|(?<=E)ngr)\.? "
+    rf"({ENGLISH_WORD}(?: {ENGLISH_WORD}){{0,3}})",
+    re.S,
 )
 
 
@@ -170,10 +172,11 @@ def _labelled_english(view: View) -> Iterator[Span]:
             reached = yield from _list(text, match.end(), single=match.end() < reached)
     for match in _REGARDS.finditer(text):
         yield from _list(text, match.end(), single=True)
-    for match in _ADDRESSEE.finditer(text):
-        start, end = match.span(match.lastgroup or 0)
-        if is_person(text[start:end]):
-            yield name_span(text, start, end)
+    for match in _MAIL.finditer(text):
+        before = view.before(match.start(), characters=60)
+        if (name := _ADDRESSEE.search(before)) and is_person(name[0]):
+            start = match.start() - len(before) + name.start()
+            yield name_span(text, start, start + len(name[0]))
     for match in _ENGLISH_TITLE.finditer(text):
         if is_person(match[1].split()[0]):
             yield name_span(text, match.start(1), match.end(1))
@@ -261,10 +264,11 @@ def _acting(view: View) -> Iterator[Span]:
         if _sure(match[1]):
             yield name_span(text, match.start(1), match.end(1))
     for match in _SAYS.finditer(text):
-        end = match.start()
+        papers = match[0][-1] in "证照机话号"
+        before = view.before(match.start())
+        end = match.start() - (len(before) - len(before.rstrip(" ,("))) * papers
         for start in range(end - 2, max(end - 5, -1), -1):
             name = text[start:end]
-            papers = not match[0].startswith("(") and match[0][-1] in "证照机话号"
             if papers and end - start < 3 and name[:1] not in COMMON:
                 continue
             if _FULL_NAME.fullmatch(name) and _sure(name) and not _is_han(text[start - 1 : start]):
