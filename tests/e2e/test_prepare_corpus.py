@@ -1,5 +1,6 @@
 """``tools/prepare_corpus.py`` as users run it: bad input, kills, full disks, two at once."""
 
+import importlib.util
 import json
 import os
 import random
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def _run(*words: str | Path, code: int = 0) -> str:
     assert done.returncode == code, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr if code else done.stdout
+
+
+Call = Callable[..., str]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+    """`_run` without a process of its own, most of whose time goes into imports."""
+    spec = importlib.util.spec_from_file_location("prepare_corpus", TOOL)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*words: str | Path, code: int = 0) -> str:
+        capsys.readouterr()
+        assert tool.main([*map(str, words)]) == code
+        captured = capsys.readouterr()
+        return captured.err if code else captured.out
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="module")
@@ -191,20 +214,38 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_a_user_can_get_wrong(inputs: Path, tmp_path: Path, name: str) -> None:
+def test_what_a_user_can_get_wrong(inputs: Path, tmp_path: Path, name: str, call: Call) -> None:
     more, texts = BAD[name]
-    message = _run("--output", tmp_path / "corpus", *more, "--input", inputs, code=2)
+    words = ("--output", tmp_path / "corpus", *more, "--workers", "1", "--input", inputs)
+    message = call(*words, code=2)
     assert message.startswith("prepare_corpus: ")
     for text in texts:
         assert text in message, message
 
 
-def test_options_settings_and_trace(tmp_path: Path) -> None:
+def test_a_fault_ends_the_process_without_a_traceback(inputs: Path, tmp_path: Path) -> None:
+    message = _run("--input", inputs, "--output", tmp_path / "corpus", "clean.x=1", code=2)
+    assert message.startswith("prepare_corpus: clean.x: unknown key")
+
+
+def test_a_reader_that_has_had_enough(tmp_path: Path) -> None:
+    """Such as ``head``: no complaint, and the corpus is there."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": record(1)}])
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    command = _command("--input", path, "--output", tmp_path / "corpus", "--workers", "1")
+    done = subprocess.run(command, stdout=ours, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "corpus" / "manifest.json").exists()
+
+
+def test_options_settings_and_trace(tmp_path: Path, call: Call) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", [{"body": record(1)}, "{broken", {"body": record(1)}])
     (tmp_path / "in" / "规程.txt").write_bytes(record(2).encode("gb18030"))
     (tmp_path / "settings.yaml").write_text("split:\n  validation_fraction: 0\nclean:\n")
     output = tmp_path / "corpus"
-    summary = _run(
+    summary = call(
         *("--input", f"domain={tmp_path / 'in'}", "deduplicate.near=false", "--output", output),
         *("--field", "body", "--max-bad-lines", "1", "--config", tmp_path / "settings.yaml"),
         *("--license", "domain=MIT", "--classification", "内部", "--workers", "1"),
@@ -219,10 +260,10 @@ def test_options_settings_and_trace(tmp_path: Path) -> None:
     assert settings["deduplicate"]["near"] is False
     assert settings["split"]["validation_fraction"] == 0
 
-    kept = _run("trace", "--document", "domain/规程.txt", "--in", output)
+    kept = call("trace", "--document", "domain/规程.txt", "--in", output)
     assert "train/domain-00000.jsonl.zst, row 1" in kept
-    dropped = _run("trace", "--document", "domain/a.jsonl#3", "--in", output)
+    dropped = call("trace", "--document", "domain/a.jsonl#3", "--in", output)
     assert "duplicate/exact" in dropped and "domain/a.jsonl#1" in dropped
-    broken = _run("trace", "--document", "domain/a.jsonl#2", "--in", output)
+    broken = call("trace", "--document", "domain/a.jsonl#2", "--in", output)
     assert "read/broken_line" in broken
-    assert "nothing/here" in _run("trace", "--document", "nothing/here", "--in", output, code=2)
+    assert "nothing/here" in call("trace", "--document", "nothing/here", "--in", output, code=2)
