@@ -64,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     inputs, overrides = _sorted_words(arguments.input, arguments.override)
+    for option in ("license", "classification", "against"):  # these take what follows them too
+        words, overrides = _sorted_words(getattr(arguments, option), overrides)
+        setattr(arguments, option, words)
     settings = _settings(arguments, overrides)
     sources = _sources(inputs, arguments)
     with _Bars() as bars:
@@ -190,7 +193,7 @@ def _positive(text: str) -> int:
 
 
 def _sorted_words(inputs: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
-    """Tell settings that follow ``--input`` from inputs: a source's name has no dot."""
+    """Tell settings that follow an option from its values: a source's name has no dot."""
     paths = [word for word in inputs if os.path.exists(word) or not _OVERRIDE.match(word)]
     return paths, [word for word in inputs if word not in paths] + overrides
 

@@ -251,7 +251,8 @@ def test_options_settings_and_trace(tmp_path: Path, call: Call) -> None:
     summary = call(
         *("--input", f"domain={tmp_path / 'in'}", "deduplicate.near=false", "--output", output),
         *("--field", "body", "--max-bad-lines", "1", "--config", tmp_path / "settings.yaml"),
-        *("--license", "domain=MIT", "--classification", "内部", "--workers", "1"),
+        *("--license", "domain=MIT", "write.shard_mib=7", "--workers", "1"),
+        *("--classification", "内部", "deduplicate.seed=3"),
     )
     assert "read/broken_line" in summary and "duplicate/exact" in summary
     lines = {line["id"]: line for line in read_shards(output / "train")}
@@ -261,6 +262,7 @@ def test_options_settings_and_trace(tmp_path: Path, call: Call) -> None:
     }
     settings = json.loads((output / "manifest.json").read_text())["settings"]
     assert settings["deduplicate"]["near"] is False
+    assert (settings["write"]["shard_mib"], settings["deduplicate"]["seed"]) == (7, 3)
     assert settings["split"]["validation_fraction"] == 0
 
     kept = call("trace", "--document", "domain/规程.txt", "--in", output)
