@@ -101,6 +101,7 @@ def _trace(words: Sequence[str]) -> int:
     parser.add_argument(
         "--in",
         nargs="+",
+        action="extend",
         default=[],
         metavar="DIR",
         dest="places",
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         required=True,
         metavar="[NAME=]F",
         help="files and folders, each with the name of its source or that of --source",
@@ -145,11 +147,17 @@ def _parser() -> argparse.ArgumentParser:
         help="source of inputs without a name (default: domain, or what a document says itself)",
     )
     parser.add_argument(
-        "--license", nargs="+", default=[], metavar="[NAME=]L", help="where a document has none"
+        "--license",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[NAME=]L",
+        help="where a document has none",
     )
     parser.add_argument(
         "--classification",
         nargs="+",
+        action="extend",
         default=[],
         metavar="[NAME=]C",
         help="where a document has none",
@@ -165,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against",
         nargs="+",
+        action="extend",
         default=[],
         metavar="DIR",
         help="earlier corpora: drop what they hold",

@@ -113,7 +113,9 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _index_parser() -> argparse.ArgumentParser:
     parser = _parser(__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="F", help="what to read")
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="F", help="what to read"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face directory")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="output, no suffix")
     parser.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
@@ -136,7 +138,9 @@ def _index_parser() -> argparse.ArgumentParser:
 
 def _merge_parser() -> argparse.ArgumentParser:
     parser = _parser("Write the documents of several indexes, in their order, as one index.")
-    parser.add_argument("--input", nargs="+", required=True, metavar="P", help="indexes")
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="P", help="indexes"
+    )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="output, no suffix")
     _add_overwrite(parser)
     return parser

@@ -272,3 +272,16 @@ def test_options_settings_and_trace(tmp_path: Path, call: Call) -> None:
     broken = call("trace", "--document", "domain/a.jsonl#2", "--in", output)
     assert "read/broken_line" in broken
     assert "nothing/here" in call("trace", "--document", "nothing/here", "--in", output, code=2)
+
+
+def test_an_option_given_twice_adds_to_the_first(tmp_path: Path, call: Call) -> None:
+    for number, name in enumerate(("a", "b"), 1):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": record(number)}])
+    call(
+        *("--input", f"a={tmp_path / 'a.jsonl'}", "--input", f"b={tmp_path / 'b.jsonl'}"),
+        *("--output", tmp_path / "corpus", "--workers", "1", *QUICK),
+        *("--license", "a=MIT", "--license", "b=CC0-1.0", "split.validation_fraction=0"),
+    )
+
+    lines = read_shards(tmp_path / "corpus" / "train")
+    assert {(line["source"], line["license"]) for line in lines} == {("a", "MIT"), ("b", "CC0-1.0")}
