@@ -20,6 +20,8 @@ _FIXED = (
     "e\u0301 e\u0323\u0301 e\u0301\u0323 \u1e69 s\u0323\u0307 \u212b \u2126 \ufb01 \u01c5 ẞß İı ΐ",
     "\u0301 starts with a mark \u0338= =\u0338 \u1100\u1161\u11a8 각 가\u11a8 \u0340\u0344\u2adc",
     "核电站一回路压力约为15.5兆帕，温度３２５℃。（ＤＮＢＲ≥1.3）「安全壳」——《导则》…",
+    "在1号机组（PWR）中，稳压器的压力由DNBR≥1.3限制；“安全壳”是第3道屏障。\n其次，\r\n  中国 核电",
+    "核\x00电a核1核\n核\t核，核“核”的<核>一's核's不't是'的\u3000了~在 有\x1c人\x7f这",
     "核" * 300 + "电站" * 200 + "，" * 50,
     "aaaaaaaa" * 100 + "!" * 200 + " " * 150 + "=" * 80 + "\n" * 70 + "ab" * 100,
     "👩\u200d👩\u200d👧 🇨🇳🇫🇷 👍🏽 ☢️ ⚛️ 1️⃣ 🌬☀️ ❤\ufe0f\u200d🔥",
@@ -39,6 +41,9 @@ _KINDS: tuple[Callable[[random.Random], str], ...] = (
     lambda r: r.choice(" \t\n\r\u3000\xa0\u2028\u200b\x85\x0b\x0c"),
     lambda r: r.choice(("  ", "\n\n", "\r\n", "\n    ", " \n ")),
     lambda r: chr(r.randrange(0x300, 0x350)),
+    lambda r: "".join(
+        r.choices("的一是不了在有人这中大国上个核电站安全压力温度系统运行一回路", k=3)
+    ),
     lambda r: r.choice("éüñçÅßøæėẹ"),
     lambda r: chr(r.randrange(0, 32)),
     lambda r: r.choice("0123456789０１２３٣²½Ⅷ"),

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from megatron_cgn.data.documents import Block, parse_block
 from megatron_cgn.data.indexed import token_dtype
 from megatron_cgn.data.lineage import Columns
-from tokenizer.fast import FastEncoder, Flat, NotEqual
+from tokenizer.fast import FastEncoder, NotEqual
+from tokenizer.han_segments import Flat
 from tokenizer.wrapper import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -137,13 +137,14 @@ def test_characters_known_from_different_versions_are_left_to_the_original(
     encoder: FastEncoder, tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bytes] = []
-    original = encoder._encode
+    original = encoder._encode_whole
 
     def watch(utf8: Any) -> Any:
         seen.extend(utf8)
         return original(utf8)
 
-    monkeypatch.setattr(encoder, "_encode", watch)
+    monkeypatch.setattr(encoder, "_encode_whole", watch)
+    monkeypatch.setattr(encoder, "_segments", None)
     texts = ["before", text, "核电", text * 2, "after"]
     assert encode_fast(encoder, texts) == tokenizer.encode_batch(texts)
     assert seen == [b"before", b"", "核电".encode(), b"", b"after"]
@@ -303,8 +304,8 @@ def test_a_difference_found_in_the_middle_starts_the_run_again(
     right = index(source, directory, tmp_path / "right")
     original = FastEncoder._encode
 
-    def wrong(self: FastEncoder, utf8: Any) -> Any:
-        ids, lengths = original(self, utf8)
+    def wrong(self: FastEncoder, texts: Any, utf8: Any) -> Any:
+        ids, lengths = original(self, texts, utf8)
         return (ids + 1 if any(b"690 " in text for text in utf8) else ids), lengths
 
     monkeypatch.setattr(FastEncoder, "_encode", wrong)
