@@ -246,8 +246,10 @@ def _check_splitting(component: dict[str, Any] | None, *, within_sequence: bool)
 
 def _merged_ids(model: dict[str, Any]) -> list[int]:
     vocabulary = model["vocab"]
-    pairs = (m if isinstance(m, list) else m.split(" ", 1) for m in model["merges"])
-    return [vocabulary["".join(pair)] for pair in pairs]
+    return [
+        vocabulary[m[0] + m[1] if isinstance(m, list) else m.replace(" ", "", 1)]
+        for m in model["merges"]
+    ]
 
 
 @contextmanager
