@@ -28,13 +28,9 @@ from megatron_cgn.corpus.sources import Source
 from megatron_cgn.corpus.steps import Steps
 from megatron_cgn.corpus.tally import Tally
 from megatron_cgn.corpus.work import LinesWriter, Work, write_json
+from megatron_cgn.data.lineage import content_hash
 
 STAGE = "read"
-
-
-def content_hash(text: str) -> str:
-    """Blake2b-16 of a text's UTF-8, in hexadecimal."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class FirstPass:
@@ -82,7 +78,7 @@ class FirstPass:
             "source": raw.source,
             "license": raw.license,
             "classification": raw.classification,
-            "raw_hash": None if raw.text is None else content_hash(raw.text),
+            "raw_hash": None if raw.text is None else content_hash(raw.text.encode()),
             "language": outcome.language,
             "text": outcome.text,
             "reason": outcome.reason,

@@ -38,12 +38,12 @@ from megatron_cgn.corpus.records import COLUMNS
 from megatron_cgn.corpus.report import write_report
 from megatron_cgn.corpus.second_pass import PIECES, SecondPass
 from megatron_cgn.corpus.shards import ShardWriter, Written, plan_shards, write_documents
-from megatron_cgn.corpus.shards import file_digest as _file_digest
 from megatron_cgn.corpus.sources import Inputs, Source, digest, find_inputs
 from megatron_cgn.corpus.steps import Steps
 from megatron_cgn.corpus.tally import Tally
 from megatron_cgn.corpus.threshold import check_bad
 from megatron_cgn.corpus.work import Work, read_json, sync, write_json
+from megatron_cgn.data.lineage import file_digest
 from megatron_cgn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _written(out: Path, path: Path) -> Written:
         name=path.name,
         num_rows=pq.read_metadata(path).num_rows,
         num_bytes=path.stat().st_size,
-        digest=_file_digest(path),
+        digest=file_digest(path),
     )
 
 

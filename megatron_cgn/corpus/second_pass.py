@@ -22,12 +22,12 @@ from megatron_cgn.corpus import first_pass
 from megatron_cgn.corpus import tally as tallies
 from megatron_cgn.corpus.decisions import Decisions
 from megatron_cgn.corpus.document import Document, Outcome
-from megatron_cgn.corpus.first_pass import content_hash
 from megatron_cgn.corpus.names import save_names
 from megatron_cgn.corpus.split import Splitter
 from megatron_cgn.corpus.steps import Steps
 from megatron_cgn.corpus.tally import Tally
 from megatron_cgn.corpus.work import LinesWriter, Work, read_rows, write_json
+from megatron_cgn.data.lineage import content_hash
 
 STAGE = "write"
 PIECES = ("train", "validation", "dropped")
@@ -175,7 +175,8 @@ class _PartWriter:
     def write(self, row: dict[str, Any], outcome: Outcome, *, split: Splitter) -> None:
         hashed, piece = None, "dropped"
         if outcome.text is not None:
-            hashed, piece = content_hash(outcome.text), split(row["name"], own_id=row["own_id"])
+            hashed = content_hash(outcome.text.encode())
+            piece = split(row["name"], own_id=row["own_id"])
         place = self._pieces[piece].num_rows
         self._pieces[piece].write(_line(row, outcome, hashed))
         changes = {**row["changes"], **outcome.changes}

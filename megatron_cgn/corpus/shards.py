@@ -4,7 +4,6 @@ Where a shard ends follows from the sizes of the pieces alone. Pieces are compre
 many readers of zstd stop after a file's first frame and would lose the rest in silence.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_cgn.corpus.work import LinesWriter, Work, fast_json, read_lines, read_rows, sync
 from megatron_cgn.corpus.work import read_json as _read_json
+from megatron_cgn.data.lineage import file_digest
 
 _LEVEL = 3
 _ROW_GROUP_BYTES = 32 << 20
@@ -125,12 +125,6 @@ class ShardWriter:
             num_bytes=path.stat().st_size,
             digest=file_digest(path),
         )
-
-
-def file_digest(path: Path) -> str:
-    """Blake2b-16 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def write_documents(

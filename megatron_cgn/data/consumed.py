@@ -43,10 +43,6 @@ class ConsumedFile:
         found = place < len(self.documents) and self.documents[place] == document
         return int(self.tokens[place]) if found else 0
 
-    def was_consumed(self, document: int) -> bool:
-        """Whether any token of a document was consumed."""
-        return self.tokens_of(document) > 0
-
 
 def read_account(path: Path) -> tuple[Blend, int]:
     """Read what a checkpoint, or a whole run as planned, consumes.

@@ -109,7 +109,7 @@ class LineageWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        return _file_digest(self._path)
+        return file_digest(self._path)
 
     def abandon(self) -> None:
         """Close the file as it is, unless `finish` has; whoever made the writer removes it."""
@@ -122,7 +122,8 @@ class LineageWriter:
             self._stream.close()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """BLAKE2b of 16 bytes of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 

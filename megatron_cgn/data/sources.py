@@ -53,11 +53,6 @@ class Source:
     validation: tuple[Documents, ...]
     """Documents held out, if any."""
 
-    @property
-    def training_tokens(self) -> int:
-        """Tokens to train on, of all files."""
-        return sum(documents.tokens for documents in self.training)
-
 
 def check_sources(
     data: DataConfig, *, tokenizer_fingerprint: str | None = None
