@@ -1,5 +1,6 @@
 """``tools/prepare_corpus.py`` as users run it: bad input, kills, full disks, two at once."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,8 +29,22 @@ def _command(*words: str | Path) -> list[str]:
     return [sys.executable, str(TOOL), *map(str, words)]
 
 
+_STARTED: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(autouse=True)
+def end_what_was_started() -> Iterator[None]:
+    """A test that fails leaves no run behind, nor its workers."""
+    yield
+    for run in _STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    _STARTED.clear()
+
+
 def _start(*words: str | Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+    run = subprocess.Popen(
         _command(*words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -37,6 +52,8 @@ def _start(*words: str | Path) -> "subprocess.Popen[str]":
         start_new_session=True,
         cwd=ROOT,
     )
+    _STARTED.append(run)
+    return run
 
 
 def _run(*words: str | Path, code: int = 0) -> str:
