@@ -1,0 +1,1 @@
+"""Extending the vocabulary of a tokenizer and its model: worth, surgery and proof."""
