@@ -3,11 +3,10 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer.merge_loop import Merge, continue_merges, estimate_documents
+from tokenizer.merge_loop import continue_merges
 
 Pair = tuple[int, int]
 
