@@ -17,27 +17,29 @@ from megatron_cgn.model.architecture import Architecture
 
 logger = logging.getLogger(__name__)
 
-_SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
+    "vocab_extension.json",
     "merges.txt",
     "sentencepiece*.model",
     "spiece.model",
     "chat_template*",
+)
+"""What a tokenizer is made of, as patterns in lower case; names match in any."""
+_SIDE_FILES = (
+    *TOKENIZER_FILES,
     "generation_config.json",
     "license*",
     "licence*",
     "notice*",
     "use_policy*",
 )
-"""What makes a Hugging Face directory usable besides ``config.json`` and the weights.
-
-In lower case; names match in any.
-"""
+"""What makes a Hugging Face directory usable besides ``config.json`` and the weights."""
 
 
 @contextlib.contextmanager
@@ -144,11 +146,16 @@ def replace_directory(work: Path, target: Path) -> None:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, generation settings, chat templates and licences of a model directory."""
     for file in sorted(source.iterdir()):
-        if any(fnmatch.fnmatchcase(file.name.lower(), pattern) for pattern in _SIDE_FILES):
+        if matches(file.name, _SIDE_FILES):
             if file.is_dir():
                 shutil.copytree(file, target / file.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(file, target / file.name)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's name is one of some lower-case patterns, in whatever case."""
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns)
 
 
 def write_side_files(

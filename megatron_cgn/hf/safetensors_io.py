@@ -120,7 +120,7 @@ class SafetensorsDirectory:
         self.places: dict[str, TensorPlace] = {}
         self._mapped: dict[Path, MappedFile] = {}
         for file, names in _files(self.path).items():
-            header = dict(_read_header(file))
+            header = read_header(file)
             if names is not None and (lost := sorted(names - header.keys())):
                 raise ModelError(
                     f"{file}: tensor {lost[0]!r} ({len(lost)} in all) is named in {INDEX_FILE} "
@@ -208,6 +208,21 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
     return files
 
 
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """Find the tensors of one file.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        Their places by name.
+
+    Raises:
+        ModelError: If the file is damaged, too short, or has types that are not supported.
+    """
+    return dict(_read_header(path))
+
+
 def _read_header(path: Path) -> Iterator[tuple[str, TensorPlace]]:
     """The tensors of one file, checked against its size."""
     size = path.stat().st_size
@@ -291,8 +306,31 @@ def plan_shards(tensors: Sequence[TensorTypes], *, max_shard_bytes: int) -> list
     ]
 
 
-def _plan_shard(file_name: str, tensors: TensorTypes) -> ShardPlan:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def plan_again(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> ShardPlan:
+    """Lay out a file as another one is, but for the shapes of some tensors.
+
+    Args:
+        path: An existing file; name, order, types and metadata are taken from it.
+        shapes: New shapes by name.
+
+    Returns:
+        The layout.
+
+    Raises:
+        ModelError: If the file is damaged.
+    """
+    places = sorted(read_header(path).items(), key=lambda item: item[1].offset)
+    types = {name: (place.dtype, shapes.get(name, place.shape)) for name, place in places}
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get("__metadata__", {"format": "pt"})
+    return _plan_shard(path.name, types, metadata)
+
+
+def _plan_shard(
+    file_name: str, tensors: TensorTypes, metadata: Mapping[str, str] | None = None
+) -> ShardPlan:
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     position = 0
     starts: dict[str, int] = {}
     for name, (dtype, shape) in tensors.items():

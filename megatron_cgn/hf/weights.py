@@ -65,7 +65,9 @@ def has_tied_copy(source: SafetensorsDirectory, architecture: Architecture) -> b
     return architecture.tie_word_embeddings and _HEAD in source.places
 
 
-def tied_copy_fault(source: SafetensorsDirectory) -> str | None:
+def tied_copy_fault(
+    source: SafetensorsDirectory, *, embedding: str = _EMBEDDING, head: str = _HEAD
+) -> str | None:
     """Compare a tied model's output layer with its embedding, block by block.
 
     Such a model has two different matrices, whatever its ``config.json`` says: `transformers`
@@ -73,24 +75,26 @@ def tied_copy_fault(source: SafetensorsDirectory) -> str | None:
 
     Args:
         source: A directory of which `has_tied_copy` holds.
+        embedding: Name of the embedding.
+        head: Name of the output layer.
 
     Returns:
         What is wrong, or None if the two are equal.
     """
-    place = source.places[_EMBEDDING]
-    same = place.shape == source.places[_HEAD].shape
+    place = source.places[embedding]
+    same = place.shape == source.places[head].shape
     row_bytes = place.num_bytes // max(1, place.shape[0])
     for rows in row_blocks(place.shape[0], row_bytes, block_bytes=BLOCK_BYTES):
         if not same:
             break
-        ours, copy = source.view(_EMBEDDING, rows), source.view(_HEAD, rows)
+        ours, copy = source.view(embedding, rows), source.view(head, rows)
         common = torch.promote_types(ours.dtype, copy.dtype)
         same = torch.equal(ours.to(common), copy.to(common))
-        source.drop(_EMBEDDING, rows)
-        source.drop(_HEAD, rows)
+        source.drop(embedding, rows)
+        source.drop(head, rows)
     if same:
         return None
     return (
-        f"{source.places[_HEAD].file}: tensor {_HEAD!r} differs from the embedding, though "
+        f"{source.places[head].file}: tensor {head!r} differs from the embedding, though "
         "config.json says that they are one; set tie_word_embeddings to false"
     )
