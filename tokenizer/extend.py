@@ -5,10 +5,11 @@ The kinds themselves are in ``extend_bpe.py`` and ``extend_sentencepiece.py``.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from megatron_cgn.errors import DataError
+from megatron_cgn.errors import ConfigError, DataError
 from tokenizer.extension import Extension
 from tokenizer.filters import Rules
 from tokenizer.wrapper import Tokenizer
@@ -84,8 +85,8 @@ class Extender(Protocol):
             num_tokens: Take only the first new tokens; 0 gives the old tokenizer.
 
         Raises:
-            DataError: If the terms take more than `num_tokens`, or the extension is of another
-                tokenizer.
+            ConfigError: If the terms take more than `num_tokens`, or there are fewer.
+            DataError: If the extension is of another tokenizer.
         """
         ...
 
@@ -140,6 +141,35 @@ def open_extender(directory: str | Path) -> Extender:
     return SentencePieceExtender(Path(directory), kind=kind)
 
 
+def first_tokens(extension: Extension, num_tokens: int | None) -> Extension:
+    """Take the first new tokens only.
+
+    Args:
+        extension: Any.
+        num_tokens: How many; None for all, 0 for none, terms included.
+
+    Returns:
+        The smaller extension. Its `new_fingerprint` is still that of the larger one.
+
+    Raises:
+        ConfigError: If terms need more, or there are fewer.
+    """
+    tokens = extension.new_tokens
+    if num_tokens is None or num_tokens == len(tokens):
+        return extension
+    if num_tokens == 0:
+        old = tuple(term for term in extension.terms if term.way == "existing")
+        return replace(extension, new_tokens=(), terms=old)
+    needed = 1 + max((i for i, t in enumerate(tokens) if t.origin == "term"), default=-1)
+    if not needed <= num_tokens <= len(tokens):
+        raise ConfigError(
+            f"num_tokens: {num_tokens:,}, but the extension has {len(tokens):,} new tokens, the "
+            f"first {needed:,} of which are needed for the terms. Give a number in this range, or "
+            "0 for the old tokenizer."
+        )
+    return replace(extension, new_tokens=tokens[:num_tokens])
+
+
 def _kind_of_definition(definition: dict[str, Any], path: Path, has_pieces: bool) -> Kind:
     model = (definition.get("model") or {}).get("type")
     if model == "BPE":
@@ -173,7 +203,7 @@ def _has_byte_level(component: dict[str, Any] | None) -> bool:
 def _kind_of_pieces(path: Path) -> Kind:
     from sentencepiece import sentencepiece_model_pb2  # its own copy of the format
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # the parser's errors have no common ancestor of their own
