@@ -1,12 +1,21 @@
 """The merges against a plain count of everything after each one."""
 
+import json
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tokenizer.merge_loop import continue_merges
+from tokenizer.merge_loop import (
+    KNOWN,
+    PARTIAL,
+    TOO_FEW_DOCUMENTS,
+    continue_merges,
+    estimate_documents,
+)
 
 Pair = tuple[int, int]
 
@@ -68,32 +77,96 @@ def recount(words, counts) -> Counter[Pair]:
     return found
 
 
+def whole(spelling: bytes) -> bool:
+    return spelling.decode(errors="ignore").encode() == spelling
+
+
+def ways(words, counts, pair, spellings) -> Counter:
+    """Characters that a pair is a part of: (symbols, place of the pair in them) to how often."""
+    found: Counter = Counter()
+    for word, count in zip(words, counts, strict=True):
+        ends = np.cumsum([0, *(len(spellings[symbol]) for symbol in word)]).tolist()
+        size, character_at = 0, {}
+        for character in b"".join(spellings[symbol] for symbol in word).decode():
+            character_at |= dict.fromkeys(range(size, size + len(character.encode())), size)
+            size += len(character.encode())
+        i = 0
+        while i < len(word) - 1:
+            if tuple(word[i : i + 2]) != pair:
+                i += 1
+                continue
+            start = character_at[ends[i]]
+            end = next((e for e in range(start + 1, size) if character_at[e] != start), size)
+            if start in ends and end in ends and ends[i + 2] <= end:
+                symbols = tuple(word[ends.index(start) : ends.index(end)])
+                found[symbols, i - ends.index(start)] += count
+            i += 2
+    return found
+
+
+def best_way(words, counts, pair, spellings, refused):
+    """The best character a pair leads to, as (frequency, character, merges), or None."""
+    if spellings[pair[0]] + spellings[pair[1]] in spellings:
+        return None
+    found = ways(words, counts, pair, spellings)
+    # Of equals: few symbols on the left, few on the right, small ones.
+    order = sorted(
+        found, key=lambda w: (-found[w], w[1], len(w[0]), w[0][: w[1]], w[0][w[1] + 2 :])
+    )
+    for symbols, place in order:
+        spelled = [spellings[symbol] for symbol in symbols]
+        character = b"".join(spelled)
+        low, high = place, place + 2
+        merges, feasible = [pair], True
+        while (low, high) != (0, len(symbols)):
+            feasible &= b"".join(spelled[low:high]) not in spellings
+            if high < len(symbols):
+                merges.append((None, symbols[high]))
+                high += 1
+            else:
+                low -= 1
+                merges.append((symbols[low], None))
+        if feasible and character not in refused:
+            return found[symbols, place], character, merges
+    return None
+
+
 def expected(words, *, counts, spellings, min_frequency, allowed, first=()):
     """Byte-pair encoding as the textbook has it: count all, merge the best, count all again."""
     words, spellings, made = [list(word) for word in words], list(spellings), []
-    refused: set[Pair] = set()
-    for left, right in first:
-        frequency = recount(words, counts)[left, right]
-        words = [merge_word(word, (left, right), len(spellings)) for word in words]
-        made.append((left, right, frequency))
-        spellings.append(spellings[left] + spellings[right])
+    refused: set = set()
+
+    def make(pair, *, step=False):
+        nonlocal words
+        frequency = recount(words, counts)[pair]
+        words = [merge_word(word, pair, len(spellings)) for word in words]
+        made.append((*pair, frequency, step))
+        spellings.append(spellings[pair[0]] + spellings[pair[1]])
+
+    for pair in first:
+        make(pair)
     while True:
-        found = recount(words, counts)
-        ranked = sorted(
-            (-frequency, pair)
-            for pair, frequency in found.items()
-            if frequency >= min_frequency and pair not in refused
-        )
+        ranked = []
+        for pair, frequency in recount(words, counts).items():
+            way, best = None, frequency
+            if not whole(spellings[pair[0]] + spellings[pair[1]]):
+                way = best_way(words, counts, pair, spellings, refused)
+                best = 0 if way is None else way[0]
+            if best >= min_frequency and pair not in refused:
+                ranked.append((-best, -frequency, pair, way))
         if not ranked:
             return made, words
-        frequency, pair = ranked[0]
-        spelling = spellings[pair[0]] + spellings[pair[1]]
+        _, _, pair, way = min(ranked, key=lambda entry: entry[:3])
+        spelling = way[1] if way else spellings[pair[0]] + spellings[pair[1]]
         if spelling in spellings or not allowed(spelling):
-            refused.add(pair)
-            continue
-        words = [merge_word(word, pair, len(spellings)) for word in words]
-        made.append((*pair, -frequency))
-        spellings.append(spelling)
+            refused.add(spelling if way else pair)
+        elif way is None:
+            make(pair)
+        else:
+            for number, (left, right) in enumerate(way[2]):
+                last = len(spellings) - 1
+                left, right = last if left is None else left, last if right is None else right
+                make((left, right), step=number < len(way[2]) - 1)
 
 
 letters = [b"a", b"b", b"c", b"ab"]
@@ -129,8 +202,221 @@ def test_merges_are_those_of_counting_everything_anew(corpus, min_frequency, den
         allowed=lambda spelling: spelling not in denied_bytes,
         first=first,
     )
-    assert [(m.left, m.right, m.frequency) for m in made] == reference
+    assert [(m.left, m.right, m.frequency, m.step) for m in made] == reference
     assert [m.symbol for m in made] == list(range(4, 4 + len(made)))
     before = sum(len(w) * c for w, c in zip(words, counts, strict=True))
     after = sum(len(w) * c for w, c in zip(encoded, counts, strict=True))
     assert before - sum(m.frequency for m in made) == after
+
+
+# Bytes of the characters below, and tokens that hold parts of them, alone and with others.
+parts = [bytes([b]) for b in sorted(set("a鏊鏋鎊é😀😁𠀀𠀁".encode()))]
+parts += [b"\xe9\x8f", b"a\xe9", b"\xf0\x9f", b"\x8f\x8a", b"\x80\xc3"]
+
+
+def tokens_of(text: str, chosen: list[int]) -> list[int]:
+    """Some spelling of a text by `parts`; at each place one of those that fit is chosen."""
+    rest, word = text.encode(), []
+    while rest:
+        fitting = [number for number, part in enumerate(parts) if rest.startswith(part)]
+        word.append(fitting[chosen[len(word) % len(chosen)] % len(fitting)])
+        rest = rest[len(parts[word[-1]]) :]
+    return word
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.text("a鏊鏋鎊é😀😁𠀀𠀁", min_size=1, max_size=5),
+            st.lists(st.integers(0, 2), min_size=1, max_size=4),
+            st.integers(1, 4),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 4),
+    st.sets(st.text("a鏊鏋é😀", min_size=1, max_size=2), max_size=4),
+)
+def test_steps_lead_to_whole_characters_as_counted_anew(corpus, min_frequency, denied):
+    words = [tokens_of(text, chosen) for text, chosen, _ in corpus]
+    counts = [count for _, _, count in corpus]
+    denied_bytes = {text.encode() for text in denied}
+    made = run(
+        words,
+        counts=counts,
+        spellings=parts,
+        min_frequency=min_frequency,
+        judge=lambda spelling: "denied" if spelling in denied_bytes else None,
+    )
+    reference, _ = expected(
+        words,
+        counts=counts,
+        spellings=parts,
+        min_frequency=min_frequency,
+        allowed=lambda spelling: spelling not in denied_bytes,
+    )
+    assert [(m.left, m.right, m.frequency, m.step) for m in made] == reference
+    for merge in made:
+        assert merge.step != whole(merge.spelling)
+        if merge.step:
+            assert merge.spelling in made[made.index(merge) + 1].spelling
+
+
+def test_a_step_goes_directly_before_the_character_it_is_for():
+    # 鏊 and 鏋 begin with the same two bytes: the more frequent one pays for the step.
+    spellings = [b"\xe9", b"\x8f", b"\x8a", b"\x8b", b"a"]
+    words, counts = [[0, 1, 2], [0, 1, 3], [4, 4]], [5, 3, 6]
+    made = run(words, counts=counts, spellings=spellings)
+    assert [(m.spelling, m.frequency, m.step) for m in made] == [
+        (b"aa", 6, False),
+        (b"\xe9\x8f", 8, True),
+        ("鏊".encode(), 5, False),
+        ("鏋".encode(), 3, False),
+    ]
+
+
+def test_no_step_without_a_character_that_is_wanted():
+    spellings = [b"\xe9", b"\x8f", b"\x8a", b"a\xe9"]
+    refused: Counter[str] = Counter()
+    words = [[0, 1, 2], [3, 1, 2]]
+    unwanted = {"鏊".encode(), "a鏊".encode()}
+    made = run(
+        words,
+        counts=[5, 4],
+        spellings=spellings,
+        judge=lambda spelling: "unwanted" if spelling in unwanted else None,
+        refused=refused,
+    )
+    assert made == []
+    # The character itself once, though two pairs lead to it; then these two, and what begins in
+    # one character and ends in another.
+    assert refused == {"unwanted": 1, PARTIAL: 3}
+
+
+def test_refusals_are_counted_by_reason_once_a_pair():
+    asked = []
+
+    def judge(spelling):
+        asked.append(spelling)
+        return "denied" if spelling == b"ac" else None
+
+    refused: Counter[str] = Counter()
+    made = run(
+        [[0, 1], [0, 2], [1, 2]],
+        counts=[9, 8, 7],
+        sketches=[0b1111, 0b1111, 0b1],
+        spellings=letters,
+        judge=judge,
+        min_spread=3,
+        refused=refused,
+    )
+    assert made == []
+    assert refused == {KNOWN: 1, "denied": 1, TOO_FEW_DOCUMENTS: 1}
+    assert asked == [b"ac"]
+
+
+def test_spread_is_that_of_the_words_that_have_the_pair_when_it_is_made():
+    # "bc" is made first, so "ab" is left in the second word alone.
+    made = run(
+        [[0, 1, 2], [0, 1], [1, 2]],
+        counts=[1, 2, 4],
+        sketches=[0b1, 0b110, 0b11110000],
+        spellings=[b"a", b"b", b"c"],
+    )
+    assert [(m.spelling, m.frequency, m.spread) for m in made] == [
+        (b"bc", 5, estimate_documents(0b11110001)),
+        (b"ab", 2, 2),
+        (b"abc", 1, 1),
+    ]
+
+
+def test_documents_are_estimated_within_a_fifth_up_to_two_hundred():
+    rng = np.random.default_rng(0)
+    for documents in (1, 2, 5, 20, 60, 200):
+        sketches = [
+            int(np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, documents, np.uint64)))
+            for _ in range(400)
+        ]
+        estimates = [estimate_documents(sketch) for sketch in sketches]
+        assert np.mean(estimates) == pytest.approx(documents, rel=0.2)
+    assert estimate_documents(2**64 - 1) == 311 > estimate_documents(2**63 - 1)
+    assert estimate_documents(0) == 0
+
+
+def test_first_merges_come_first_whatever_their_frequency():
+    made = run(
+        [[0, 1, 2]], counts=[50], spellings=[b"a", b"b", b"c"], first=[(2, 2), (1, 2)], most=4
+    )
+    assert [(m.left, m.right, m.symbol, m.frequency) for m in made] == [
+        (2, 2, 3, 0),
+        (1, 2, 4, 50),
+        (0, 4, 5, 50),
+    ]
+
+
+def test_overlapping_pairs_come_back_when_the_one_before_them_is_taken():
+    # aaa: at first only its first two can be merged; once "xa" is made, only its last two.
+    made = run(
+        [[1, 0, 0, 0], [1, 0]], counts=[4, 9], spellings=[b"a", b"x"], min_frequency=4, most=2
+    )
+    assert [(m.spelling, m.frequency) for m in made] == [(b"xa", 13), (b"aa", 4)]
+
+
+def test_no_words_and_no_pairs_give_no_merges():
+    assert run([], counts=[], spellings=letters) == []
+    assert run([[0], [], [1]], counts=[3, 1, 2], spellings=letters) == []
+
+
+def test_trainer_of_tokenizers_makes_the_same_merges():
+    # It breaks ties as ours does, and differs only in how it counts aaa: so no letter is doubled.
+    rng = np.random.default_rng(1)
+    words = ["".join(rng.choice([*"abcde"], rng.integers(2, 9))) for _ in range(12)]
+    words = [word for word in dict.fromkeys(words) if not any(2 * c in word for c in "abcde")]
+    counts = [2**number for number in range(len(words))]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(vocab_size=5 + 15, min_frequency=1, show_progress=False)
+    backend.train_from_iterator(
+        (word for word, count in zip(words, counts, strict=True) for _ in range(count)), trainer
+    )
+    theirs = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    spellings = [letter.encode() for letter in "abcde"]
+    made = run(
+        [["abcde".index(letter) for letter in word] for word in words],
+        counts=counts,
+        spellings=spellings,
+        most=len(theirs),
+    )
+    spelled = [*spellings, *(merge.spelling for merge in made)]
+    ours = [(spelled[m.left].decode(), spelled[m.right].decode()) for m in made]
+    assert len(theirs) == 15
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_tokenizer_with_the_new_merges_encodes_as_the_loop_counted(seed):
+    rng = np.random.default_rng(seed)
+    old = [("a", "b"), ("c", "a"), ("ab", "c")]
+    spelled = [*"abcd", "ab", "ca", "abc"]
+    words = ["".join(rng.choice([*"abcd"], rng.integers(1, 12))) for _ in range(200)]
+    counts = rng.integers(1, 50, len(words)).tolist()
+
+    def encode(merges):
+        vocab = {token: i for i, token in enumerate([*"abcd", *(a + b for a, b in merges)])}
+        backend = Tokenizer(models.BPE(vocab, merges))
+        return [backend.encode(word).ids for word in words]
+
+    before = encode(old)
+    made = run(
+        before, counts=counts, spellings=[s.encode() for s in spelled], min_frequency=20, most=60
+    )
+    spelled += [merge.spelling.decode() for merge in made]
+    after = encode([*old, *((spelled[m.left], spelled[m.right]) for m in made)])
+    saved = sum(
+        (len(a) - len(b)) * count for a, b, count in zip(before, after, counts, strict=True)
+    )
+    assert len(made) == 60
+    assert saved == sum(merge.frequency for merge in made)
+    for merge in made[-3:]:
+        assert any(merge.symbol in ids for ids in after)
