@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from extension_samples import PIECES, extension, tokenizer_of
 from hf_samples import read_tensors, write_sample
 from safetensors.torch import load_file, save_file
 
@@ -18,36 +18,9 @@ from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.resize import resize_hf
 from megatron_cgn.hf.weights import open_weights
 from megatron_cgn.testing import tiny_hf_model
-from tokenizer.extension import FILE_NAME, Extension, NewToken
+from tokenizer.extension import FILE_NAME, Extension
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PIECES = [(3, 7), (11,), (5, 5, 9)]
-
-
-def extension(pieces: Sequence[Sequence[int]] = PIECES, *, old: int = 70) -> Extension:
-    tokens = tuple(
-        NewToken(
-            id=old + i,
-            token=f"new{i}",
-            text=f"new{i}",
-            old_ids=tuple(ids),
-            frequency=9,
-            spread=3,
-            origin="corpus",
-        )
-        for i, ids in enumerate(pieces)
-    )
-    return Extension(
-        old_vocab_size=old, new_tokens=tokens, old_fingerprint="old", new_fingerprint="new"
-    )
-
-
-def tokenizer_of(made: Extension) -> Any:
-    def write(directory: Path) -> None:
-        (directory / "tokenizer.json").write_text('{"version": "new"}')
-        (directory / FILE_NAME).write_text(json.dumps(made.to_json()))
-
-    return write
 
 
 def resize(source: Path, target: Path, made: Extension | None = None, **rest: Any) -> Any:
