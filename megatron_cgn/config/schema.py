@@ -137,6 +137,33 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParamGroupConfig:
+    """Parameters, or rows of them, that are trained at a rate or at a time of their own."""
+
+    name: str
+    """Name in messages and metrics (``lr/<name>``), e.g. ``new_rows``."""
+    parameters: tuple[str, ...]
+    """Which: ``embeddings``, ``output``, ``norms``, ``blocks`` (the layers whole, their norms too),
+    ``others`` (all that no other group has), or Hugging Face names, in which ``*`` stands for
+    anything, as in ``model.layers.*.mlp.*``."""
+    rows: Literal["all", "old", "new"] = "all"
+    """Rows of ``embeddings`` and ``output``: all, those of the tokens that the model had before
+    its vocabulary was extended, or those from the first new token to the end."""
+    rows_from: int | None = None
+    """Id of the first new token. None: what ``vocab_extension.json`` beside the model says."""
+    lr: float | None = None
+    """Peak learning rate; ``min_lr`` is scaled along. None: ``optim.lr``."""
+    lr_mult: float | None = None
+    """The same as a multiple of ``optim.lr``."""
+    weight_decay: float | None = None
+    """Weight decay of the group's matrices. None: ``optim.weight_decay``."""
+    frozen_until_step: int = 0
+    """The last step that leaves the group as it is; 0 trains it from the first."""
+    trained_until_step: int | None = None
+    """The last step that trains the group; 0 never does. None: to the end of the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
@@ -162,6 +189,8 @@ class OptimConfig:
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     initial_loss_scale: float = 65536.0
     """First scale of the mean loss under ``precision=fp16``; it adapts from there."""
+    param_groups: tuple[ParamGroupConfig, ...] = ()
+    """Parameters with a rate, a decay or a time of training of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

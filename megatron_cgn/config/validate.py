@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from megatron_cgn.config.data_rules import data_faults, epoch_faults
+from megatron_cgn.config.optim_rules import param_group_faults, param_group_step_faults
 from megatron_cgn.config.schema import ExportConfig, OptimConfig, RunConfig
 from megatron_cgn.errors import ConfigError
 
@@ -48,6 +49,7 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *data_faults(run.data),
         *epoch_faults(run.data, run.train),
         *_optim(run),
+        *param_group_faults(run.optim),
         *_checkpoint(run),
         *_export(run),
     ]
@@ -283,6 +285,7 @@ def _schedule(run: RunConfig, total_steps: int, setting: str) -> Iterator[str]:
             f"optim.warmup_steps: {warmup} warm-up and {decay} decay steps do not fit into the "
             f"{total_steps} steps of {setting}; use fewer."
         )
+    yield from param_group_step_faults(run.optim, total_steps, setting)
 
 
 def _checkpoint(run: RunConfig) -> Iterator[str]:

@@ -40,10 +40,12 @@ class StepReport:
     Attributes:
         step: Steps done, this one included.
         metrics: Means over this step's global batch by name, ``loss`` among them; a name that
-            nothing of the batch belongs to is absent. Empty if they were not asked for.
+            nothing of the batch belongs to is absent. Then ``lr/<group>`` of the groups of
+            ``optim.param_groups`` with a rate of their own. Empty if they were not asked for.
         count: Units (tokens, pairs, sequences) that the loss was averaged over; 0 likewise.
-        lr: Learning rate of this step.
-        grad_norm: Global gradient norm before clipping; None if the step was skipped.
+        lr: Learning rate of this step, of what no group has.
+        grad_norm: Norm before clipping of the gradients of all that the step trains; None if the
+            step was skipped.
         skipped: Whether FP16 gradients overflowed, so that weights did not change.
     """
 
@@ -84,11 +86,16 @@ class Engine(TrainingState):
         set_rates(self._optimizer, lr=lr, weight_decay=self.run.optim.weight_decay)
         function = TrainingForwardStep(objective, self.state, backend=self.backend)
         reports = self._schedule(function, self._wrapped, micro_batches)
-        success, grad_norm, _ = self._optimizer.step()
+        if self._grouped is None:
+            success, grad_norm, _ = self._optimizer.step()
+        else:
+            success, grad_norm = self._grouped.step(self.step + 1)
         self._gather_pending = self.run.parallel.overlap_param_gather
         self.step += 1
         self._optimizer_steps += bool(success)
         metrics, count = self._reduce(reports) if reduce_metrics else ({}, 0)
+        if metrics and self._grouped is not None:
+            metrics |= self._grouped.rates(lr, self.step)
         return StepReport(
             step=self.step,
             metrics=metrics,

@@ -112,10 +112,12 @@ def set_rates(optimizer: MegatronOptimizer, *, lr: float, weight_decay: float) -
         optimizer: From `build_optimizer`.
         lr: Learning rate.
         weight_decay: Decay of matrices; groups that Megatron marks (biases, norms) have none.
+            Groups of ``optim.param_groups`` may have their own.
     """
     for group in param_groups(optimizer):
         group["lr"] = lr * group.get("lr_mult", 1.0)
-        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        decay = group.get("own_weight_decay", weight_decay)
+        group["weight_decay"] = decay * group.get("wd_mult", 1.0)
 
 
 def param_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ tensor, pipeline and data parallel size, with or without the distributed optimiz
 Saving spreads the work: parameter i is put together on data-parallel rank i mod n.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,73 +22,20 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    Float16OptimizerWithFloat16Params,
-    MegatronOptimizer,
-)
 from torch import Tensor
 
-from megatron_cgn.engine.optim import leaves
+from megatron_cgn.engine.slots import MASTER, MOMENTS, Slot
 from megatron_cgn.parallel import cpu
 from megatron_cgn.parallel.state import ParallelState
 
-MASTER = "fp32_param"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Slot:
-    """Where one model parameter's optimizer state lives on this rank.
-
-    Attributes:
-        model_param: The parameter of the model.
-        main_param: What the inner optimizer updates: an FP32 copy, a slice of one, or the
-            parameter itself. None where other data-parallel ranks own it all.
-        start: First element of the flattened parameter that `main_param` covers.
-        end: One past the last.
-        inner: The PyTorch optimizer.
-        group: The inner optimizer's parameter group.
-    """
-
-    model_param: Tensor
-    main_param: Tensor | None
-    start: int
-    end: int
-    inner: torch.optim.Optimizer
-    group: dict[str, Any]
-
-    @property
-    def has_master(self) -> bool:
-        """Whether the FP32 weights are not simply the model's own."""
-        return self.model_param.dtype != torch.float32
-
-    def tensors(self) -> dict[str, Tensor]:
-        """This rank's flat state tensors by name; empty if it owns none."""
-        if self.main_param is None:
-            return {}
-        # Without state yet, every step so far was skipped (FP16 overflows): moments are zero.
-        state = self.inner.state.get(self.main_param)
-        if not state:
-            zeros = torch.zeros_like(self.main_param, dtype=torch.float32)
-            state = dict.fromkeys(MOMENTS, zeros)
-        named = {name: state[name] for name in MOMENTS}
-        if self.has_master:
-            named[MASTER] = self.main_param.data
-        return {name: tensor.detach().view(-1) for name, tensor in named.items()}
-
-    def names(self) -> tuple[str, ...]:
-        """Names of the state tensors, the same on every rank."""
-        return (*MOMENTS, MASTER) if self.has_master else MOMENTS
-
 
 def sharded_optimizer_state(
-    optimizer: MegatronOptimizer, model_state: ShardedStateDict, state: ParallelState
+    slots: Sequence[Slot], model_state: ShardedStateDict, state: ParallelState
 ) -> ShardedStateDict:
     """Put the state of all parameters together for saving. Collective over dp_cp.
 
     Args:
-        optimizer: Megatron's.
+        slots: All of the optimizer's.
         model_state: The model's sharded state dict, whose tensors are the parameters.
         state: This process's place in the layout.
 
@@ -97,7 +44,6 @@ def sharded_optimizer_state(
     """
     group = state.groups.dp_cp
     sharded_params = _by_parameter(model_state)
-    slots = list(_slots(optimizer))
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(group.size())]
     dist.all_gather_object(ranges, [(slot.start, slot.end) for slot in slots], group=group)
     result: ShardedStateDict = {}
@@ -116,12 +62,12 @@ def sharded_optimizer_state(
 
 
 def empty_optimizer_state(
-    optimizer: MegatronOptimizer, model_state: ShardedStateDict, *, with_master: bool
+    slots: Sequence[Slot], model_state: ShardedStateDict, *, with_master: bool
 ) -> ShardedStateDict:
     """Describe what this rank needs to read, for `dist_checkpointing.load` to fill.
 
     Args:
-        optimizer: Freshly built.
+        slots: Those of a freshly built optimizer.
         model_state: The model's sharded state dict.
         with_master: Whether the checkpoint holds FP32 master weights.
 
@@ -130,7 +76,7 @@ def empty_optimizer_state(
     """
     sharded_params = _by_parameter(model_state)
     result: ShardedStateDict = {}
-    for index, slot in enumerate(_slots(optimizer)):
+    for index, slot in enumerate(slots):
         owned = slot.main_param is not None
         names = list(MOMENTS) if owned else []
         # An FP32 model takes a BF16 run's master weights, not the rounded ones.
@@ -143,15 +89,13 @@ def empty_optimizer_state(
     return result
 
 
-def empty_master_weights(
-    optimizer: MegatronOptimizer, model_state: ShardedStateDict
-) -> ShardedStateDict:
+def empty_master_weights(slots: Sequence[Slot], model_state: ShardedStateDict) -> ShardedStateDict:
     """Describe the master weights of this rank where the checkpoint's own weights are FP32.
 
     To be read by themselves: one reading cannot hold the same tensor in two types.
 
     Args:
-        optimizer: Freshly built.
+        slots: Those of a freshly built optimizer.
         model_state: The model's sharded state dict.
 
     Returns:
@@ -165,23 +109,28 @@ def empty_master_weights(
             torch.empty(slot.model_param.shape, dtype=torch.float32),
             writes=False,
         )
-        for index, slot in enumerate(_slots(optimizer))
+        for index, slot in enumerate(slots)
         if slot.main_param is not None and slot.has_master
     }
 
 
 @torch.no_grad()
 def fill_optimizer_state(
-    optimizer: MegatronOptimizer, loaded: dict[str, Any], optimizer_steps: int
+    slots: Sequence[Slot],
+    loaded: dict[str, Any],
+    optimizer_steps: int,
+    *,
+    group_steps: Mapping[str, int] | None = None,
 ) -> None:
     """Put loaded state into the optimizer, and exact weights into an FP32 model.
 
     Args:
-        optimizer: The one that `empty_optimizer_state` was called with.
+        slots: Those that `empty_optimizer_state` was called with.
         loaded: The filled state dict.
         optimizer_steps: Updates done, which Adam's bias correction counts; skipped steps are none.
+        group_steps: The same of every group by its name, where groups are not all alike.
     """
-    for index, slot in enumerate(_slots(optimizer)):
+    for index, slot in enumerate(slots):
         master = loaded.get(f"{index}.{MASTER}")
         if master is not None and not slot.has_master:
             slot.model_param.copy_(master.view(slot.model_param.shape))
@@ -189,76 +138,23 @@ def fill_optimizer_state(
             continue
         if master is not None and slot.has_master:
             slot.main_param.view(-1).copy_(master.view(-1)[slot.start : slot.end])
-        inner_state = slot.inner.state[slot.main_param]
-        for name in MOMENTS:
-            part = loaded[f"{index}.{name}"].view(-1)[slot.start : slot.end]
-            moment = torch.empty_like(slot.main_param, dtype=torch.float32)
-            inner_state[name] = moment.copy_(part.view(moment.shape))
-        # PyTorch's AdamW counts steps per parameter, the fused ones per group.
-        if isinstance(slot.inner, torch.optim.Adam):
-            inner_state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32)
-        else:
-            slot.group["step"] = optimizer_steps
+        for piece in slot.pieces:
+            steps = optimizer_steps if group_steps is None else group_steps[piece.group["name"]]
+            inner_state = slot.inner.state[piece.tensor]
+            for name in MOMENTS:
+                part = loaded[f"{index}.{name}"].view(-1)[piece.start : piece.end]
+                moment = torch.empty_like(piece.tensor, dtype=torch.float32)
+                inner_state[name] = moment.copy_(part.view(moment.shape))
+            # PyTorch's AdamW counts steps per parameter, the fused ones per group.
+            if isinstance(slot.inner, torch.optim.Adam):
+                inner_state["step"] = torch.tensor(float(steps), dtype=torch.float32)
+            else:
+                piece.group["step"] = steps
 
 
-def has_master_weights(optimizer: MegatronOptimizer) -> bool:
+def has_master_weights(slots: Sequence[Slot]) -> bool:
     """Whether the optimizer keeps FP32 copies of the weights."""
-    return any(slot.has_master for slot in _slots(optimizer))
-
-
-def _slots(optimizer: MegatronOptimizer) -> Iterator[_Slot]:
-    """Every trained parameter of this rank, in an order that all data-parallel ranks share."""
-    for leaf in leaves(optimizer):
-        if isinstance(leaf, DistributedOptimizer):
-            yield from _distributed_slots(leaf)
-        elif isinstance(leaf, Float16OptimizerWithFloat16Params):
-            for models, mains, group in zip(
-                leaf.float16_groups + leaf.fp32_from_fp32_groups,
-                leaf.fp32_from_float16_groups + leaf.fp32_from_fp32_groups,
-                leaf.optimizer.param_groups * 2,
-                strict=True,
-            ):
-                yield from _whole_slots(zip(models, mains, strict=True), leaf.optimizer, group)
-        else:
-            for group in leaf.optimizer.param_groups:
-                yield from _whole_slots(
-                    zip(group["params"], group["params"], strict=True), leaf.optimizer, group
-                )
-
-
-def _whole_slots(
-    pairs: Iterable[tuple[Tensor, Tensor]], inner: torch.optim.Optimizer, group: dict[str, Any]
-) -> Iterator[_Slot]:
-    for model_param, main_param in pairs:
-        yield _Slot(
-            model_param=model_param,
-            main_param=main_param,
-            start=0,
-            end=model_param.numel(),
-            inner=inner,
-            group=group,
-        )
-
-
-def _distributed_slots(leaf: DistributedOptimizer) -> Iterator[_Slot]:
-    owned = leaf.model_param_group_index_map
-    for buffer in leaf.buffers:
-        for model_param in buffer.param_index_map:
-            main_param, start, end, group = None, 0, 0, leaf.optimizer.param_groups[0]
-            if model_param in owned:
-                group_index, position = owned[model_param]
-                group = leaf.optimizer.param_groups[group_index]
-                main_param = group["params"][position]
-                part = leaf._get_model_param_range_map(model_param)["param"]
-                start, end = part.start, part.end
-            yield _Slot(
-                model_param=model_param,
-                main_param=main_param,
-                start=start,
-                end=end,
-                inner=leaf.optimizer,
-                group=group,
-            )
+    return any(slot.has_master for slot in slots)
 
 
 def _by_parameter(model_state: ShardedStateDict) -> dict[int, ShardedTensor | ShardedTensorFactory]:

@@ -17,7 +17,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.engine import checkpoint as ckpt
 from megatron_cgn.engine import optimizer_state
+from megatron_cgn.engine.group_selection import configured_groups
+from megatron_cgn.engine.grouped_optimizer import GroupedOptimizer
 from megatron_cgn.engine.optim import build_optimizer, leaves, wrap_model
+from megatron_cgn.engine.slots import Slot, slots_of
 from megatron_cgn.errors import CheckpointError
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.build import build_model, resolve_backend, transformer_config
@@ -50,6 +53,9 @@ class TrainingState:
             architecture: The model.
             state: This process's place in the layout.
             total_steps: Steps of the whole run, which the learning-rate schedule spans.
+
+        Raises:
+            ConfigError: If ``optim.param_groups`` does not fit the model.
         """
         self.run = run
         self.architecture = architecture
@@ -60,6 +66,7 @@ class TrainingState:
         self.total_steps = total_steps
         self.step = 0
         self.consumed_sequences = 0
+        self._grouping = configured_groups(run, architecture)
         seed_everything(run.seed, state)
         self.model_config = transformer_config(
             architecture,
@@ -79,6 +86,8 @@ class TrainingState:
         )
         self._wrapped: list[DistributedDataParallel] = []
         self._optimizer: Any = None
+        self._slots: list[Slot] = []
+        self._grouped: GroupedOptimizer | None = None
         self._gather_pending = False
         self._optimizer_steps = 0
 
@@ -116,6 +125,17 @@ class TrainingState:
             params_dtype=self.model_config.params_dtype,
             micro_batch_tokens=self.run.train.micro_batch_size * self.run.data.seq_length,
         )
+        self._slots = slots_of(leaves(self._optimizer))
+        if self._grouping is not None:
+            self._grouped = GroupedOptimizer(
+                self._optimizer,
+                self._slots,
+                self._chunks,
+                grouping=self._grouping,
+                architecture=self.architecture,
+                tp_rank=self.state.groups.tp.rank(),
+            )
+            self._slots = self._grouped.slots
         self.model_config.finalize_model_grads_func = finalize_model_grads
         self.model_config.grad_scale_func = self._optimizer.scale_loss
         if self.run.parallel.overlap_grad_reduce:
@@ -162,13 +182,15 @@ class TrainingState:
         has_master = False
         if with_optimizer:
             sharded["optimizer"] = optimizer_state.sharded_optimizer_state(
-                self._optimizer, self.model_state(), self.state
+                self._slots, self.model_state(), self.state
             )
             sharded["grad_scaler"] = [
                 leaf.grad_scaler.state_dict() if getattr(leaf, "grad_scaler", None) else None
                 for leaf in leaves(self._optimizer)
             ]
-            has_master = optimizer_state.has_master_weights(self._optimizer)
+            if self._grouped is not None:
+                sharded["group_steps"] = self._grouped.record()
+            has_master = optimizer_state.has_master_weights(self._slots)
         info = ckpt.CheckpointInfo(
             step=self.step,
             optimizer_steps=self._optimizer_steps,
@@ -228,7 +250,7 @@ class TrainingState:
         ckpt.check_tensors(directory, info)
         sharded = self.model_state()
         sharded["optimizer"] = optimizer_state.empty_optimizer_state(
-            self._optimizer, self.model_state(), with_master=info.has_master_weights
+            self._slots, self.model_state(), with_master=info.has_master_weights
         )
         same_layout = dict(info.layout) == self._layout()
         if same_layout:
@@ -242,10 +264,17 @@ class TrainingState:
         loaded = ckpt.load_checkpoint(directory, sharded)
         self._put_weights(loaded)
         exact = dict(loaded["optimizer"])
-        if not info.has_master_weights and optimizer_state.has_master_weights(self._optimizer):
-            masters = optimizer_state.empty_master_weights(self._optimizer, self.model_state())
+        if not info.has_master_weights and optimizer_state.has_master_weights(self._slots):
+            masters = optimizer_state.empty_master_weights(self._slots, self.model_state())
             exact |= ckpt.load_checkpoint(directory, masters)
-        optimizer_state.fill_optimizer_state(self._optimizer, exact, info.optimizer_steps)
+        if self._grouped is not None:
+            self._grouped.restore(loaded.get("group_steps"), info.optimizer_steps)
+        optimizer_state.fill_optimizer_state(
+            self._slots,
+            exact,
+            info.optimizer_steps,
+            group_steps=self._grouped.steps if self._grouped is not None else None,
+        )
         for leaf, scaler in zip(leaves(self._optimizer), loaded["grad_scaler"], strict=False):
             if scaler is not None and getattr(leaf, "grad_scaler", None):
                 leaf.grad_scaler.load_state_dict(scaler)

@@ -16,6 +16,7 @@ from megatron_cgn.config.validate import validate_architecture
 from megatron_cgn.engine.callbacks import Callback
 from megatron_cgn.engine.checkpoint import is_checkpoint, read_info
 from megatron_cgn.engine.engine import Engine
+from megatron_cgn.engine.group_selection import configured_groups
 from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
 from megatron_cgn.errors import ConfigError, ModelError
 from megatron_cgn.hf.config import read_architecture
@@ -50,7 +51,7 @@ def checkpoint_dir(run: RunConfig) -> Path:
 
 
 def open_architecture(run: RunConfig) -> Architecture:
-    """Read the model's architecture and check that the layout can cut it.
+    """Read the model's architecture and check that the layout and the groups fit it.
 
     Args:
         run: The configuration.
@@ -60,10 +61,11 @@ def open_architecture(run: RunConfig) -> Architecture:
 
     Raises:
         ModelError: If the directory is wrong or not supported.
-        ConfigError: If the layout does not fit the model.
+        ConfigError: If the layout or ``optim.param_groups`` does not fit the model.
     """
     architecture = read_architecture(model_path(run))
     validate_architecture(run, architecture)
+    configured_groups(run, architecture)
     return architecture
 
 

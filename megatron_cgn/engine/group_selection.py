@@ -1,0 +1,285 @@
+"""Which parameters ``optim.param_groups`` means, held against a model's table of parameters.
+
+Every fault is found before anything is built, and told at once.
+"""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from megatron_cgn.config.optim_rules import OTHERS
+from megatron_cgn.config.schema import OptimConfig, ParamGroupConfig, RunConfig
+from megatron_cgn.engine.checkpoint import is_checkpoint
+from megatron_cgn.engine.param_groups import END, Group, Grouping, Key
+from megatron_cgn.errors import ConfigError, DataError
+from megatron_cgn.hf.families import Parameter, parameter_table
+from megatron_cgn.model.architecture import Architecture
+from tokenizer.extension import FILE_NAME, Extension
+
+_EMBEDDINGS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_WORDS = ("embeddings", "output", "norms", "blocks", OTHERS)
+
+Rows = tuple[int, int]
+"""First row and row behind the last."""
+
+
+def configured_groups(run: RunConfig, architecture: Architecture) -> Grouping | None:
+    """Find what ``optim.param_groups`` means for a run's model.
+
+    Args:
+        run: The configuration.
+        architecture: The model.
+
+    Returns:
+        The groups, or None if there are none.
+
+    Raises:
+        ConfigError: If they do not fit the model, naming all faults.
+        DataError: If ``vocab_extension.json`` beside the model is needed and damaged.
+    """
+    if not run.optim.param_groups:
+        return None
+    start = Path(run.model.hf_path or ".")
+    directory = start / "hf" if is_checkpoint(start) else start
+    asks = any(g.rows != "all" and g.rows_from is None for g in run.optim.param_groups)
+    first_new = first_new_id(directory) if asks else None
+    return resolve_groups(run.optim, architecture, first_new=first_new)
+
+
+def first_new_id(directory: Path) -> int | None:
+    """Read where a model's vocabulary was extended.
+
+    Args:
+        directory: Of the model's configuration and tokenizer.
+
+    Returns:
+        Id of the first new token, or None if there is no ``vocab_extension.json``.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error}). Extend the vocabulary again."
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: damaged (no object). Extend the vocabulary again.")
+    return Extension.from_json(content, name=str(path)).old_vocab_size
+
+
+def resolve_groups(
+    optim: OptimConfig, architecture: Architecture, *, first_new: int | None
+) -> Grouping | None:
+    """Find the parameters of each group.
+
+    Args:
+        optim: Settings, which the rules without a model have passed.
+        architecture: The model.
+        first_new: Id of its first new token, if its vocabulary was extended.
+
+    Returns:
+        The groups, or None if the configuration has none.
+
+    Raises:
+        ConfigError: Naming all faults.
+    """
+    if not optim.param_groups:
+        return None
+    resolver = _Resolver(optim, architecture, first_new)
+    grouping = resolver.resolve()
+    if resolver.faults:
+        raise ConfigError("\n".join(resolver.faults))
+    return grouping
+
+
+@dataclass(slots=True)
+class _Resolver:
+    """One resolution: what is taken, and what was wrong."""
+
+    optim: OptimConfig
+    architecture: Architecture
+    first_new: int | None
+    faults: list[str] = field(default_factory=list)
+
+    def resolve(self) -> Grouping:
+        table = parameter_table(self.architecture)
+        named = [g for g in self.optim.param_groups if OTHERS not in g.parameters]
+        rows = {id(g): self._rows(g, table) for g in named}
+        if self.faults:  # nothing can be said of what is left
+            return Grouping(())
+        self._overlaps([(g.name, rows[id(g)]) for g in named])
+        rest = _left(table, list(rows.values()))
+        groups = []
+        for g in self.optim.param_groups:
+            if OTHERS in g.parameters:
+                mine, rest = rest, {}
+                if not mine:
+                    self.faults.append(
+                        f"optim.param_groups[{g.name}].parameters: others is nothing, since other "
+                        "groups have everything; remove it."
+                    )
+            else:
+                mine = rows[id(g)]
+            groups.append(_group(g, mine, self.optim))
+        self._vectors(groups, table)
+        if rest:
+            groups.append(Group(name="", rows=rest))
+        self._idle(groups)
+        return Grouping(tuple(groups))
+
+    def _rows(self, group: ParamGroupConfig, table: Sequence[Parameter]) -> dict[Key, Rows]:
+        where = f"optim.param_groups[{group.name}]"
+        chosen: dict[Key, Parameter] = {}
+        for selector in group.parameters:
+            found = self._select(f"{where}.parameters", selector, table)
+            chosen |= {(p.layer, p.key): p for p in found}
+        span = self._span(where, group, chosen.values())
+        return dict.fromkeys(chosen, span)
+
+    def _select(self, where: str, selector: str, table: Sequence[Parameter]) -> list[Parameter]:
+        """The parameters that one selector means."""
+        if selector == "output" and self.architecture.tie_word_embeddings:
+            self.faults.append(
+                f"{where}: output, but the model's output layer is its embedding "
+                "(tie_word_embeddings); name embeddings alone."
+            )
+            return []
+        found = [p for p in table if _is(selector, p)]
+        if not found:
+            self.faults.append(f"{where}: {selector!r} matches nothing{_nearest(selector, table)}")
+        for parameter in found if selector not in _WORDS else ():
+            left_out = [n for n in parameter.hf_names() if not fnmatchcase(n, selector)]
+            if left_out:
+                self.faults.append(
+                    f"{where}: {selector!r} leaves out {', '.join(left_out)}, which Megatron keeps "
+                    "in one parameter with what it matches; choose them together."
+                )
+                break
+        return found
+
+    def _span(
+        self, where: str, group: ParamGroupConfig, parameters: Iterable[Parameter]
+    ) -> tuple[int, int]:
+        """First row and row behind the last."""
+        if group.rows == "all":
+            return 0, END
+        wrong = [p.hf_names()[0] for p in parameters if not p.vocabulary]
+        first = group.rows_from if group.rows_from is not None else self.first_new
+        size = self.architecture.vocab_size
+        if wrong:
+            self.faults.append(
+                f"{where}.rows: {group.rows}, but the rows of {wrong[0]} are not those of tokens; "
+                "only embeddings and output have them."
+            )
+        if first is None:
+            self.faults.append(
+                f"{where}.rows: {group.rows}, but there is no {FILE_NAME} beside the model; "
+                "extend its vocabulary with tools/extend_vocab.py, or set rows_from to the id of "
+                "the first new token."
+            )
+        elif first >= size:
+            source = "rows_from" if group.rows_from is not None else f"rows: {FILE_NAME} names"
+            self.faults.append(
+                f"{where}.{source}: {first}; the model's vocabulary has {size} rows, so the first "
+                f"new one is at most {size - 1}."
+            )
+        boundary = first or 0
+        return (boundary, END) if group.rows == "new" else (0, boundary)
+
+    def _overlaps(self, groups: Sequence[tuple[str, Mapping[Key, Rows]]]) -> None:
+        for index, (name, rows) in enumerate(groups):
+            for other, others in groups[:index]:
+                common = [
+                    key
+                    for key in rows.keys() & others.keys()
+                    if rows[key][0] < others[key][1] and others[key][0] < rows[key][1]
+                ]
+                if common:
+                    names = sorted(_spelling(key) for key in common)
+                    self.faults.append(
+                        f"optim.param_groups[{name}].parameters: overlaps {other!r} in "
+                        f"{len(names)} parameter(s), e.g. {names[0]}; a parameter belongs to one "
+                        "group. Rows of embeddings are parted by rows=old and rows=new."
+                    )
+
+    def _vectors(self, groups: Sequence[Group], table: Sequence[Parameter]) -> None:
+        """Refuse a weight decay of what has none."""
+        matrices = {(p.layer, p.key) for p in table if p.columns is not None}
+        for group in groups:
+            if group.weight_decay is not None and not matrices & group.rows.keys():
+                self.faults.append(
+                    f"optim.param_groups[{group.name}].weight_decay: {group.weight_decay} has no "
+                    "effect: norms and biases have no weight decay. Remove it."
+                )
+
+    def _idle(self, groups: Sequence[Group]) -> None:
+        """Refuse steps that would train nothing."""
+        ends = {1, *(g.trained_until + 1 for g in groups if g.trained_until is not None)}
+        for step in sorted(ends):
+            if not any(group.trains(step) for group in groups):
+                self.faults.append(
+                    f"optim.param_groups: step {step} would train nothing, since every parameter "
+                    "is frozen then; change frozen_until_step or trained_until_step."
+                )
+                return
+
+
+def _is(selector: str, parameter: Parameter) -> bool:
+    match selector:
+        case "embeddings":
+            return parameter.key == _EMBEDDINGS
+        case "output":
+            return parameter.key == _OUTPUT
+        case "norms":
+            return parameter.columns is None and not parameter.key.endswith(".bias")
+        case "blocks":
+            return parameter.layer is not None
+    return any(fnmatchcase(name, selector) for name in parameter.hf_names())
+
+
+def _nearest(selector: str, table: Sequence[Parameter]) -> str:
+    names = [*_WORDS, *(name for p in table for name in p.hf_names())]
+    near = difflib.get_close_matches(selector, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(_WORDS)}."
+
+
+def _spelling(key: Key) -> str:
+    """A parameter's name for messages."""
+    layer, name = key
+    return name if layer is None else name.replace("layers.", f"layers.{layer}.", 1)
+
+
+def _left(table: Sequence[Parameter], taken: Sequence[Mapping[Key, Rows]]) -> dict[Key, Rows]:
+    """What no group has taken. A weight is cut at one row, so one range of it is left."""
+    left: dict[Key, Rows] = {}
+    for parameter in table:
+        key = (parameter.layer, parameter.key)
+        start, stop = 0, END
+        for low, high in sorted(rows[key] for rows in taken if key in rows):
+            if low <= start:
+                start = max(start, high)
+            else:
+                stop = low
+        if start < stop:
+            left[key] = (start, stop)
+    return left
+
+
+def _group(settings: ParamGroupConfig, rows: Mapping[Key, Rows], optim: OptimConfig) -> Group:
+    mult = settings.lr_mult or 1.0
+    return Group(
+        name=settings.name,
+        rows=rows,
+        lr_mult=mult if settings.lr is None else settings.lr / optim.lr,
+        weight_decay=settings.weight_decay,
+        frozen_until=settings.frozen_until_step,
+        trained_until=settings.trained_until_step,
+    )

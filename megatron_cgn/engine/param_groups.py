@@ -1,0 +1,101 @@
+"""Groups of parameters and rows that are trained at a rate or at a time of their own.
+
+How they are read from ``optim.param_groups`` is `group_selection.py`'s, and what the optimizer
+does with them `grouped_optimizer.py`'s.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+END = sys.maxsize
+"""Row behind the last, whatever the padding of the vocabulary."""
+
+Key = tuple[int | None, str]
+"""A parameter: layer and name, as in `Parameter`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Parameters that are trained alike.
+
+    Attributes:
+        name: From the configuration; empty for what no group of it has.
+        rows: First row and row behind the last, of each parameter in it.
+        lr_mult: Learning rate as a multiple of ``optim.lr``.
+        weight_decay: Of its matrices; None for ``optim.weight_decay``.
+        frozen_until: The last step that leaves it as it is.
+        trained_until: The last step that trains it; None for the run's last.
+    """
+
+    name: str
+    rows: Mapping[Key, tuple[int, int]]
+    lr_mult: float = 1.0
+    weight_decay: float | None = None
+    frozen_until: int = 0
+    trained_until: int | None = None
+
+    def trains(self, step: int) -> bool:
+        """Whether the step of this number, counted from 1, trains it."""
+        return self.frozen_until < step and (
+            self.trained_until is None or step <= self.trained_until
+        )
+
+    @property
+    def differs(self) -> bool:
+        """Whether its learning rate is ever another than the run's."""
+        return self.lr_mult != 1.0 or self.frozen_until > 0 or self.trained_until is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """Every parameter of a model by group.
+
+    Attributes:
+        groups: Those of the configuration, and one without a name if they leave anything.
+    """
+
+    groups: tuple[Group, ...]
+
+    def of(self, key: Key) -> list[tuple[Group, int, int]]:
+        """The groups that a parameter's rows are in: group, first row, row behind the last."""
+        found = [(group, *group.rows[key]) for group in self.groups if key in group.rows]
+        return sorted(found, key=lambda part: part[1])
+
+    def record(self, steps: Mapping[str, int]) -> list[dict[str, Any]]:
+        """What a checkpoint keeps: how often each group was updated, and what it is."""
+        return [
+            {"steps": steps[group.name], "rows": [[*k, *v] for k, v in group.rows.items()]}
+            for group in self.groups
+        ]
+
+    def restored_steps(
+        self, record: Sequence[Mapping[str, Any]] | None, optimizer_steps: int
+    ) -> dict[str, int]:
+        """How often each group was updated before a checkpoint.
+
+        Exact where the groups hold the same parameters as then. Otherwise the largest number of
+        any parameter in it: Adam then corrects its moments too little rather than too much.
+
+        Args:
+            record: From `record`, or None if the checkpoint was written without groups.
+            optimizer_steps: Updates of what the record does not know.
+
+        Returns:
+            Updates by group name.
+        """
+        known: dict[Key, list[tuple[int, int, int]]] = {}
+        for entry in record or ():
+            for layer, name, start, stop in entry["rows"]:
+                known.setdefault((layer, name), []).append((start, stop, entry["steps"]))
+        steps = {}
+        for group in self.groups:
+            counts = [
+                count
+                for key, (start, stop) in group.rows.items()
+                for low, high, count in known.get(key, [(0, END, optimizer_steps)])
+                if start < high and low < stop
+            ]
+            steps[group.name] = max(counts, default=optimizer_steps)
+        return steps
