@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,31 +15,33 @@ from tokenizer.merge_loop import (
     KNOWN,
     PARTIAL,
     TOO_FEW_DOCUMENTS,
+    Merge,
     continue_merges,
     estimate_documents,
 )
 
 Pair = tuple[int, int]
+Way = tuple[int, bytes, list[tuple[int | None, int | None]]]
 
 
-def flat(words):
+def flat(words: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     symbols = np.array([symbol for word in words for symbol in word], dtype=np.int32)
     return symbols, np.cumsum([0, *map(len, words)])
 
 
 def run(
-    words,
+    words: Sequence[Sequence[int]],
     *,
-    counts,
-    spellings,
-    judge=lambda _: None,
-    sketches=None,
-    min_frequency=1,
-    min_spread=0,
-    first=(),
-    refused=None,
-    most=1000,
-):
+    counts: Sequence[int],
+    spellings: Sequence[bytes],
+    judge: Callable[[bytes], str | None] = lambda _: None,
+    sketches: Sequence[int] | None = None,
+    min_frequency: int = 1,
+    min_spread: int = 0,
+    first: Sequence[Pair] = (),
+    refused: Counter[str] | None = None,
+    most: int = 1000,
+) -> list[Merge]:
     symbols, starts = flat(words)
     sketches = [1] * len(words) if sketches is None else sketches
     merges = continue_merges(
@@ -55,9 +59,10 @@ def run(
     return [merge for merge, _ in zip(merges, range(most), strict=False)]
 
 
-def merge_word(word, pair, symbol):
+def merge_word(word: Sequence[int], pair: Pair, symbol: int) -> list[int]:
     """Merge from the left, as encoders do."""
-    merged, i = [], 0
+    merged: list[int] = []
+    i = 0
     while i < len(word):
         if tuple(word[i : i + 2]) == pair:
             merged.append(symbol)
@@ -68,7 +73,7 @@ def merge_word(word, pair, symbol):
     return merged
 
 
-def recount(words, counts) -> Counter[Pair]:
+def recount(words: Sequence[Sequence[int]], counts: Sequence[int]) -> Counter[Pair]:
     """How often each pair would be merged."""
     found: Counter[Pair] = Counter()
     for word, count in zip(words, counts, strict=True):
@@ -81,12 +86,15 @@ def whole(spelling: bytes) -> bool:
     return spelling.decode(errors="ignore").encode() == spelling
 
 
-def ways(words, counts, pair, spellings) -> Counter:
+def ways(
+    words: Sequence[Sequence[int]], counts: Sequence[int], pair: Pair, spellings: Sequence[bytes]
+) -> Counter[tuple[tuple[int, ...], int]]:
     """Characters that a pair is a part of: (symbols, place of the pair in them) to how often."""
-    found: Counter = Counter()
+    found: Counter[tuple[tuple[int, ...], int]] = Counter()
     for word, count in zip(words, counts, strict=True):
         ends = np.cumsum([0, *(len(spellings[symbol]) for symbol in word)]).tolist()
-        size, character_at = 0, {}
+        size = 0
+        character_at: dict[int, int] = {}
         for character in b"".join(spellings[symbol] for symbol in word).decode():
             character_at |= dict.fromkeys(range(size, size + len(character.encode())), size)
             size += len(character.encode())
@@ -104,7 +112,13 @@ def ways(words, counts, pair, spellings) -> Counter:
     return found
 
 
-def best_way(words, counts, pair, spellings, refused):
+def best_way(
+    words: Sequence[Sequence[int]],
+    counts: Sequence[int],
+    pair: Pair,
+    spellings: Sequence[bytes],
+    refused: set[Pair | bytes],
+) -> Way | None:
     """The best character a pair leads to, as (frequency, character, merges), or None."""
     if spellings[pair[0]] + spellings[pair[1]] in spellings:
         return None
@@ -117,7 +131,8 @@ def best_way(words, counts, pair, spellings, refused):
         spelled = [spellings[symbol] for symbol in symbols]
         character = b"".join(spelled)
         low, high = place, place + 2
-        merges, feasible = [pair], True
+        merges: list[tuple[int | None, int | None]] = [pair]
+        feasible = True
         while (low, high) != (0, len(symbols)):
             feasible &= b"".join(spelled[low:high]) not in spellings
             if high < len(symbols):
@@ -131,42 +146,51 @@ def best_way(words, counts, pair, spellings, refused):
     return None
 
 
-def expected(words, *, counts, spellings, min_frequency, allowed, first=()):
+def expected(
+    words: Sequence[Sequence[int]],
+    *,
+    counts: Sequence[int],
+    spellings: Sequence[bytes],
+    min_frequency: int,
+    allowed: Callable[[bytes], bool],
+    first: Sequence[Pair] = (),
+) -> tuple[list[tuple[int, int, int, bool]], list[list[int]]]:
     """Byte-pair encoding as the textbook has it: count all, merge the best, count all again."""
-    words, spellings, made = [list(word) for word in words], list(spellings), []
-    refused: set = set()
+    encoded, spelled = [list(word) for word in words], list(spellings)
+    made: list[tuple[int, int, int, bool]] = []
+    refused: set[Pair | bytes] = set()
 
-    def make(pair, *, step=False):
-        nonlocal words
-        frequency = recount(words, counts)[pair]
-        words = [merge_word(word, pair, len(spellings)) for word in words]
-        made.append((*pair, frequency, step))
-        spellings.append(spellings[pair[0]] + spellings[pair[1]])
+    def make(left: int, right: int, *, step: bool = False) -> None:
+        nonlocal encoded
+        frequency = recount(encoded, counts)[left, right]
+        encoded = [merge_word(word, (left, right), len(spelled)) for word in encoded]
+        made.append((left, right, frequency, step))
+        spelled.append(spelled[left] + spelled[right])
 
     for pair in first:
-        make(pair)
+        make(*pair)
     while True:
-        ranked = []
-        for pair, frequency in recount(words, counts).items():
+        ranked: list[tuple[int, int, Pair, Way | None]] = []
+        for pair, frequency in recount(encoded, counts).items():
             way, best = None, frequency
-            if not whole(spellings[pair[0]] + spellings[pair[1]]):
-                way = best_way(words, counts, pair, spellings, refused)
+            if not whole(spelled[pair[0]] + spelled[pair[1]]):
+                way = best_way(encoded, counts, pair, spelled, refused)
                 best = 0 if way is None else way[0]
             if best >= min_frequency and pair not in refused:
                 ranked.append((-best, -frequency, pair, way))
         if not ranked:
-            return made, words
-        _, _, pair, way = min(ranked, key=lambda entry: entry[:3])
-        spelling = way[1] if way else spellings[pair[0]] + spellings[pair[1]]
-        if spelling in spellings or not allowed(spelling):
-            refused.add(spelling if way else pair)
-        elif way is None:
-            make(pair)
+            return made, encoded
+        _, _, pair, chosen = min(ranked, key=lambda entry: entry[:3])
+        spelling = chosen[1] if chosen else spelled[pair[0]] + spelled[pair[1]]
+        if spelling in spelled or not allowed(spelling):
+            refused.add(spelling if chosen else pair)
+        elif chosen is None:
+            make(*pair)
         else:
-            for number, (left, right) in enumerate(way[2]):
-                last = len(spellings) - 1
-                left, right = last if left is None else left, last if right is None else right
-                make((left, right), step=number < len(way[2]) - 1)
+            for number, (left, right) in enumerate(chosen[2]):
+                last = len(spelled) - 1
+                step = number < len(chosen[2]) - 1
+                make(last if left is None else left, last if right is None else right, step=step)
 
 
 letters = [b"a", b"b", b"c", b"ab"]
@@ -182,7 +206,9 @@ corpora = st.lists(
     st.sets(st.text("abc", min_size=2, max_size=4), max_size=5),
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=2, unique=True),
 )
-def test_merges_are_those_of_counting_everything_anew(corpus, min_frequency, denied, first):
+def test_merges_are_those_of_counting_everything_anew(
+    corpus: list[tuple[list[int], int]], min_frequency: int, denied: set[str], first: list[Pair]
+) -> None:
     words, counts = [word for word, _ in corpus], [count for _, count in corpus]
     denied_bytes = {text.encode() for text in denied}
     first = [pair for pair in first if pair != (0, 1)]  # its spelling is known
@@ -216,7 +242,8 @@ parts += [b"\xe9\x8f", b"a\xe9", b"\xf0\x9f", b"\x8f\x8a", b"\x80\xc3"]
 
 def tokens_of(text: str, chosen: list[int]) -> list[int]:
     """Some spelling of a text by `parts`; at each place one of those that fit is chosen."""
-    rest, word = text.encode(), []
+    rest = text.encode()
+    word: list[int] = []
     while rest:
         fitting = [number for number, part in enumerate(parts) if rest.startswith(part)]
         word.append(fitting[chosen[len(word) % len(chosen)] % len(fitting)])
@@ -238,7 +265,9 @@ def tokens_of(text: str, chosen: list[int]) -> list[int]:
     st.integers(1, 4),
     st.sets(st.text("a鏊鏋é😀", min_size=1, max_size=2), max_size=4),
 )
-def test_steps_lead_to_whole_characters_as_counted_anew(corpus, min_frequency, denied):
+def test_steps_lead_to_whole_characters_as_counted_anew(
+    corpus: list[tuple[str, list[int], int]], min_frequency: int, denied: set[str]
+) -> None:
     words = [tokens_of(text, chosen) for text, chosen, _ in corpus]
     counts = [count for _, _, count in corpus]
     denied_bytes = {text.encode() for text in denied}
@@ -263,7 +292,7 @@ def test_steps_lead_to_whole_characters_as_counted_anew(corpus, min_frequency, d
             assert merge.spelling in made[made.index(merge) + 1].spelling
 
 
-def test_a_step_goes_directly_before_the_character_it_is_for():
+def test_a_step_goes_directly_before_the_character_it_is_for() -> None:
     # 鏊 and 鏋 begin with the same two bytes: the more frequent one pays for the step.
     spellings = [b"\xe9", b"\x8f", b"\x8a", b"\x8b", b"a"]
     words, counts = [[0, 1, 2], [0, 1, 3], [4, 4]], [5, 3, 6]
@@ -276,7 +305,7 @@ def test_a_step_goes_directly_before_the_character_it_is_for():
     ]
 
 
-def test_no_step_without_a_character_that_is_wanted():
+def test_no_step_without_a_character_that_is_wanted() -> None:
     spellings = [b"\xe9", b"\x8f", b"\x8a", b"a\xe9"]
     refused: Counter[str] = Counter()
     words = [[0, 1, 2], [3, 1, 2]]
@@ -294,10 +323,10 @@ def test_no_step_without_a_character_that_is_wanted():
     assert refused == {"unwanted": 1, PARTIAL: 3}
 
 
-def test_refusals_are_counted_by_reason_once_a_pair():
-    asked = []
+def test_refusals_are_counted_by_reason_once_a_pair() -> None:
+    asked: list[bytes] = []
 
-    def judge(spelling):
+    def judge(spelling: bytes) -> str | None:
         asked.append(spelling)
         return "denied" if spelling == b"ac" else None
 
@@ -316,7 +345,7 @@ def test_refusals_are_counted_by_reason_once_a_pair():
     assert asked == [b"ac"]
 
 
-def test_spread_is_that_of_the_words_that_have_the_pair_when_it_is_made():
+def test_spread_is_that_of_the_words_that_have_the_pair_when_it_is_made() -> None:
     # "bc" is made first, so "ab" is left in the second word alone.
     made = run(
         [[0, 1, 2], [0, 1], [1, 2]],
@@ -331,7 +360,7 @@ def test_spread_is_that_of_the_words_that_have_the_pair_when_it_is_made():
     ]
 
 
-def test_documents_are_estimated_within_a_fifth_up_to_two_hundred():
+def test_documents_are_estimated_within_a_fifth_up_to_two_hundred() -> None:
     rng = np.random.default_rng(0)
     for documents in (1, 2, 5, 20, 60, 200):
         sketches = [
@@ -344,7 +373,7 @@ def test_documents_are_estimated_within_a_fifth_up_to_two_hundred():
     assert estimate_documents(0) == 0
 
 
-def test_first_merges_come_first_whatever_their_frequency():
+def test_first_merges_come_first_whatever_their_frequency() -> None:
     made = run(
         [[0, 1, 2]], counts=[50], spellings=[b"a", b"b", b"c"], first=[(2, 2), (1, 2)], most=4
     )
@@ -355,7 +384,7 @@ def test_first_merges_come_first_whatever_their_frequency():
     ]
 
 
-def test_overlapping_pairs_come_back_when_the_one_before_them_is_taken():
+def test_overlapping_pairs_come_back_when_the_one_before_them_is_taken() -> None:
     # aaa: at first only its first two can be merged; once "xa" is made, only its last two.
     made = run(
         [[1, 0, 0, 0], [1, 0]], counts=[4, 9], spellings=[b"a", b"x"], min_frequency=4, most=2
@@ -363,12 +392,12 @@ def test_overlapping_pairs_come_back_when_the_one_before_them_is_taken():
     assert [(m.spelling, m.frequency) for m in made] == [(b"xa", 13), (b"aa", 4)]
 
 
-def test_no_words_and_no_pairs_give_no_merges():
+def test_no_words_and_no_pairs_give_no_merges() -> None:
     assert run([], counts=[], spellings=letters) == []
     assert run([[0], [], [1]], counts=[3, 1, 2], spellings=letters) == []
 
 
-def test_trainer_of_tokenizers_makes_the_same_merges():
+def test_trainer_of_tokenizers_makes_the_same_merges() -> None:
     # It breaks ties as ours does, and differs only in how it counts aaa: so no letter is doubled.
     rng = np.random.default_rng(1)
     words = ["".join(rng.choice([*"abcde"], rng.integers(2, 9))) for _ in range(12)]
@@ -395,14 +424,14 @@ def test_trainer_of_tokenizers_makes_the_same_merges():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_tokenizer_with_the_new_merges_encodes_as_the_loop_counted(seed):
+def test_a_tokenizer_with_the_new_merges_encodes_as_the_loop_counted(seed: int) -> None:
     rng = np.random.default_rng(seed)
     old = [("a", "b"), ("c", "a"), ("ab", "c")]
     spelled = [*"abcd", "ab", "ca", "abc"]
     words = ["".join(rng.choice([*"abcd"], rng.integers(1, 12))) for _ in range(200)]
     counts = rng.integers(1, 50, len(words)).tolist()
 
-    def encode(merges):
+    def encode(merges: list[tuple[str, str]]) -> list[list[int]]:
         vocab = {token: i for i, token in enumerate([*"abcd", *(a + b for a, b in merges)])}
         backend = Tokenizer(models.BPE(vocab, merges))
         return [backend.encode(word).ids for word in words]
