@@ -10,7 +10,7 @@ from megatron_cgn.vocabulary.proof import Proof, judge
 from tokenizer.extension import Extension
 from tokenizer.wrapper import Tokenizer
 
-_SAME_BYTES = ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_SAME_BYTES = ("special_tokens_map.json", "chat_template.jinja")
 """Files that know nothing of a vocabulary's size."""
 _OF_THE_VOCABULARY = ("added_tokens_decoder", "vocab_size")
 """What may differ in ``tokenizer_config.json``."""

@@ -190,13 +190,13 @@ def _prove_fast_encoder(old: Tokenizer, new: Tokenizer, sample: _Sample) -> Proo
     """What makes ``tools/preprocess_data.py`` fast still gives the same ids, if it did before."""
     name = "fast encoder"
     try:
-        FastEncoder(old, threads=1)
+        FastEncoder(old)
     except ImportError:
         return Proof(name=name, ok=True, text="not tried, gigatoken is not installed")
     except NotEqual as reason:
         return Proof(name=name, ok=True, text=f"not possible before either ({reason})")
     try:
-        FastEncoder(new, threads=1).prove(sample.texts)
+        FastEncoder(new).prove(sample.texts)
     except NotEqual as reason:
         return Proof(name=name, ok=False, text=f"not possible any more ({reason})")
     return Proof(name=name, ok=True, text=f"gives the same ids for {len(sample.texts):,} texts")

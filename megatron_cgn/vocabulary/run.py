@@ -1,0 +1,158 @@
+"""From a corpus to an extended tokenizer and model, or to the advice not to: the order of work.
+
+Everything is made in a hidden directory beside the output and proven there; the output appears
+whole, at the end, or not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_cgn.data.lock import locked
+from megatron_cgn.errors import ConfigError, DataError, MegatronCGNError, UserError
+from megatron_cgn.hf.files import disk_fault, replace_directory
+from megatron_cgn.vocabulary.checks import Plan, check
+from megatron_cgn.vocabulary.console import Console
+from megatron_cgn.vocabulary.make import make
+from megatron_cgn.vocabulary.proof import Proof
+from megatron_cgn.vocabulary.settings import Settings
+from megatron_cgn.vocabulary.texts import Texts, read_texts
+from megatron_cgn.vocabulary.worth import assess, table
+from tokenizer.extend import first_tokens
+from tokenizer.extension import Extension
+
+
+class ProofFailed(MegatronCGNError):
+    """What was made is not what it must be: a fault of this program, not of its user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run has made."""
+
+    num_tokens: int
+    """New ids of the output; 0 if it only reports, or if none are advised."""
+    is_written: bool
+    """Whether there is an output."""
+
+
+def extend_vocabulary(settings: Settings, *, console: Console) -> Outcome:
+    """Do what the settings say.
+
+    Args:
+        settings: What is asked for.
+        console: Shows progress and results.
+
+    Returns:
+        What was made.
+
+    Raises:
+        UserError: If something of the user is wrong. Nothing is left behind then.
+        ProofFailed: If a proof failed. Nothing is left behind then either.
+    """
+    plan = check(settings)
+    with _workspace(plan.output) as work:
+        try:
+            return _work(settings, plan, work, console)
+        except OSError as fault:
+            raise ConfigError(disk_fault(plan.output, fault)) from fault
+        except UserError as fault:  # named after what is made there, which the user never sees
+            raise type(fault)(str(fault).replace(str(work / "output"), str(plan.output))) from fault
+
+
+def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outcome:
+    texts = read_texts(settings, split=plan.extender.splitter(plan.terms), console=console)
+    extension = _extend(settings, plan, texts, console)
+    worth = assess(settings, plan, extension, texts, console)
+    console.say(table(worth))
+    num_tokens = settings.num_tokens
+    if num_tokens is None:
+        num_tokens = worth.recommendation.num_tokens
+    target, proofs = work / "output", tuple[Proof, ...]()
+    if settings.report_only:
+        num_tokens = 0
+        target.mkdir()
+    elif num_tokens == 0:
+        return Outcome(num_tokens=0, is_written=False)
+    else:
+        made = make(
+            settings,
+            plan,
+            extension,
+            num_tokens=num_tokens,
+            target=target,
+            texts=texts,
+            console=console,
+        )
+        proofs = made.proofs
+        console.say("\n".join(map(str, proofs)))
+        if not all(proof.ok for proof in proofs):
+            raise ProofFailed(
+                f"{plan.output}: not written, because what was made failed the proofs above. This "
+                "is a fault of the tool: please report it with this output."
+            )
+    (target / "report.json").write_text(json.dumps([str(p) for p in proofs]))  # TODO
+    replace_directory(target, plan.output)
+    return Outcome(num_tokens=num_tokens, is_written=True)
+
+
+def _extend(settings: Settings, plan: Plan, texts: Texts, console: Console) -> Extension:
+    """Choose as many tokens as are to be measured, or as there are."""
+    wanted = settings.num_tokens or 0
+    most = max(wanted, *settings.sizes)
+    with console.bar("making tokens", total=most, unit=" tokens") as advance:
+        done = 0
+
+        def progress(count: int) -> None:
+            nonlocal done
+            advance(count - done)
+            done = count
+
+        extension = plan.extender.extend(
+            texts.words,
+            num_tokens=most,
+            rules=plan.rules,
+            terms=plan.terms,
+            progress=progress,
+            allow_fewer=True,
+        )
+    made = len(extension.new_tokens)
+    if made < wanted:
+        reasons = ", ".join(f"{count:,} {why}" for why, count in extension.rejected.items())
+        raise DataError(
+            f"--num-tokens {wanted:,}: the corpus ({texts.words.text_bytes / 1e6:,.1f} MB in "
+            f"{texts.words.documents:,} documents) gives {made:,} tokens that are met "
+            f"{plan.rules.min_frequency:,} times in {plan.rules.min_spread:,} documents. Ask for "
+            "no more than these, give more text, or lower --min-frequency and --min-spread."
+            + (f" Refused were: {reasons}." if reasons else "")
+        )
+    if wanted:
+        first_tokens(extension, wanted)  # refuses fewer than the terms take
+    return extension
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """A hidden directory beside the output, for one run at a time; removed at the end.
+
+    What a killed run left there is removed first.
+    """
+    work = output.with_name(f".{output.name}.unfinished")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with locked(output.with_name(f".{output.name}.lock")):
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{output}: another run is writing it. Wait for that one, or give another --output."
+        ) from error
+    except OSError as fault:
+        raise ConfigError(disk_fault(output, fault)) from fault

@@ -1,0 +1,131 @@
+"""What an extension is worth: measured, judged, and told in a few lines."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_cgn.errors import ModelError
+from megatron_cgn.hf.config import read_architecture
+from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.vocabulary.checks import Plan
+from megatron_cgn.vocabulary.console import Console
+from megatron_cgn.vocabulary.cost import ModelCost, TrainingShape, model_cost
+from megatron_cgn.vocabulary.recommend import Policy, Recommendation, candidates, recommend
+from megatron_cgn.vocabulary.settings import Settings
+from megatron_cgn.vocabulary.sweep import ALL, Sweep, TextFigures, sweep, usable_sizes
+from megatron_cgn.vocabulary.texts import Texts
+from tokenizer.extension import Extension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worth:
+    """The measurements, and what they say."""
+
+    sweep: Sweep
+    costs: list[ModelCost] | None
+    """One for each point; None without a model whose costs are known."""
+    policy: Policy
+    recommendation: Recommendation
+
+
+def assess(
+    settings: Settings, plan: Plan, extension: Extension, texts: Texts, console: Console
+) -> Worth:
+    """Measure every size, and choose one.
+
+    Args:
+        settings: What is asked for.
+        plan: What there is.
+        extension: Of all new tokens.
+        texts: What is measured on.
+        console: Shows progress.
+
+    Returns:
+        What was found.
+    """
+    sizes = [*settings.sizes, settings.num_tokens or 0]
+    count = len(usable_sizes(extension, sizes))
+    with console.bar("measuring", total=count, unit=" sizes") as advance:
+        found = sweep(
+            plan.extender,
+            extension=extension,
+            domain=texts.domain,
+            general=texts.general,
+            words=texts.words,
+            sizes=sizes,
+            progress=lambda _, __: advance(1),
+        )
+    architecture = _architecture(plan)
+    costs = (
+        None
+        if architecture is None
+        else [
+            model_cost(
+                architecture,
+                num_tokens=point.num_tokens,
+                old_vocab_size=extension.old_vocab_size,
+                shape=TrainingShape(
+                    tensor_model_parallel_size=settings.tensor_parallel,
+                    make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by,
+                ),
+            )
+            for point in found.points
+        ]
+    )
+    planned = settings.planned_training_mb
+    policy = Policy(planned_bytes=None if planned is None else int(planned * 1e6))
+    return Worth(
+        sweep=found,
+        costs=costs,
+        policy=policy,
+        recommendation=recommend(
+            candidates(found, extension=extension, costs=costs, policy=policy),
+            policy=policy,
+            basis="training FLOPs" if costs else "tokens",
+        ),
+    )
+
+
+def table(worth: Worth) -> str:
+    """Figures of every size and the advice, for a terminal."""
+    points = worth.sweep.points
+    lines = [f"{'new tokens':>10}  {'domain text':>18}  {'general text':>18}  {'used':>5}  FLOPs"]
+    for number, point in enumerate(points):
+        used = f"{(point.uses > 0).mean():.0%}" if point.num_tokens else ""
+        cells = [
+            f"{point.num_tokens:>10,}",
+            f"{_tokens(points[0].domain, point.domain):>18}",
+            f"{_tokens(points[0].general, point.general):>18}",
+            f"{used:>5}",
+            f"{_flops(worth, number):>5}",
+        ]
+        lines.append("  ".join(cells))
+    return "\n".join([*lines, f"advice: {worth.recommendation.reason}"])
+
+
+def _tokens(before: Mapping[str, TextFigures], after: Mapping[str, TextFigures]) -> str:
+    """Tokens of all documents, and how many fewer than before."""
+    if not after:
+        return "-"
+    tokens, first = after[ALL].tokens, before[ALL].tokens
+    return f"{tokens:,} {tokens / first - 1:+6.1%}"
+
+
+def _flops(worth: Worth, number: int) -> str:
+    """Training FLOPs of the domain text, as a change."""
+    if worth.costs is None:
+        return "-"
+    before, after = (
+        worth.costs[i].training_flops_per_token * worth.sweep.points[i].domain[ALL].tokens
+        for i in (0, number)
+    )
+    return f"{after / before - 1:+.1%}"
+
+
+def _architecture(plan: Plan) -> Architecture | None:
+    """The model's; None where there is none, or one whose costs are not known."""
+    if plan.kind == "tokenizer":
+        return None
+    try:
+        return read_architecture(plan.tokenizer)
+    except ModelError:
+        return None

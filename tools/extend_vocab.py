@@ -1,0 +1,237 @@
+r"""Add the words of a domain to a tokenizer and its model, or say that it is not worth it.
+
+    python tools/extend_vocab.py --model models/qwen3-8b --corpus domain.jsonl \
+        --general wiki.jsonl --num-tokens auto --output models/qwen3-8b-nuclear
+
+continues the tokenizer's merges on the corpus, measures on held-out text what sizes are worth,
+writes tokenizer and model with the rows of new tokens, and proves that nothing old was lost.
+``--model`` is a Hugging Face directory, a tokenizer alone, or a checkpoint of ours; a copy is
+written, the original stays. ``--report-only`` measures and writes nothing but report.html and
+report.json. Then index the documents again, with the new tokenizer: docs/guide-vocab.md.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from megatron_cgn.errors import UserError
+from megatron_cgn.model.resize import METHODS
+from megatron_cgn.quiet import quiet_dependencies
+from megatron_cgn.vocabulary.run import ProofFailed, extend_vocabulary
+from megatron_cgn.vocabulary.settings import Settings
+from tokenizer.filters import Rules
+
+AUTO = "auto"
+_FILES = {
+    "--corpus": "documents of the domain",
+    "--held-out": "documents to measure on, no part of the corpus (default: one in ten of it, "
+    "which is then not counted)",
+    "--general": "other documents, which must not become longer",
+}
+
+
+def main() -> int:
+    """Run the command line.
+
+    Returns:
+        0; 2 after a fault that the user can mend; 1 if a proof failed; 130 if interrupted.
+    """
+    arguments = _parser().parse_args()
+    logging.basicConfig(format="extend_vocab: %(message)s")
+    logging.getLogger("megatron_cgn").setLevel(logging.INFO)
+    quiet_dependencies()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    try:
+        outcome = extend_vocabulary(_settings(arguments), console=_Terminal())
+    except (UserError, ProofFailed) as error:
+        print(f"extend_vocab: {error}", file=sys.stderr)
+        return UserError.exit_code if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("extend_vocab: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    if not outcome.is_written:
+        print("nothing was written: --report-only writes the report, --num-tokens N insists.")
+    else:
+        print(f"wrote {arguments.output}")
+    if outcome.num_tokens:
+        print(f"next: index again with --tokenizer {arguments.output}; see docs/guide-vocab.md")
+    return 0
+
+
+class _Terminal:
+    """Results on standard output; bars on standard error, if that is a terminal."""
+
+    def say(self, text: str) -> None:
+        """Print."""
+        print(text, flush=True)
+
+    @contextlib.contextmanager
+    def bar(self, title: str, *, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+        """Show how far one step has come."""
+        divisor = 1024 if unit == "B" else 1000
+        with tqdm(
+            total=total,
+            desc=title,
+            unit=unit,
+            unit_scale=True,
+            unit_divisor=divisor,
+            leave=False,
+            disable=None,
+        ) as shown:
+            yield shown.update
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that the unfinished directory is removed; only once, so that it is."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    number = arguments.num_tokens
+    return Settings(
+        model=arguments.model,
+        corpus=tuple(arguments.corpus),
+        output=arguments.output,
+        num_tokens=None if number == AUTO else number,
+        report_only=arguments.report_only,
+        held_out=tuple(arguments.held_out),
+        general=tuple(arguments.general),
+        terms=arguments.terms,
+        deny=arguments.deny,
+        rules=Rules(
+            min_frequency=arguments.min_frequency,
+            min_spread=arguments.min_spread,
+            max_characters=arguments.max_characters,
+        ),
+        init=arguments.init,
+        seed=arguments.seed,
+        sizes=tuple(arguments.sweep),
+        text_field=arguments.field,
+        workers=arguments.workers,
+        max_corpus_mb=arguments.max_corpus_mb,
+        make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
+        tensor_parallel=arguments.tensor_parallel,
+        planned_training_mb=arguments.planned_training_mb,
+        overwrite=arguments.overwrite,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_inputs(parser)
+    _add_choice(parser)
+    _add_rows(parser)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is read and written")
+    group.add_argument("--model", type=Path, required=True, metavar="DIR", help="what to extend")
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write")
+    for name, text in _FILES.items():
+        group.add_argument(
+            name, nargs="+", action="extend", type=Path, default=[], required=name == "--corpus",
+            metavar="F", help=text,
+        )  # fmt: skip
+    group.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
+    group.add_argument(
+        "--max-corpus-mb", type=_positive, metavar="MB",
+        help="count a sample of a corpus with more text (default: count all of it)",
+    )  # fmt: skip
+    group.add_argument(
+        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="processes that count (default: as many as usable cores, here %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="replace an --output of this tool")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    rules, defaults = Rules(), Settings(model=Path(), corpus=(), output=Path())
+    group = parser.add_argument_group("which tokens")
+    group.add_argument(
+        "--num-tokens",
+        type=_number,
+        default=AUTO,
+        metavar="N|auto",
+        help="new ids; auto takes what is recommended, which may be none (default)",
+    )
+    group.add_argument(
+        "--terms", type=Path, metavar="FILE", help="terms to be one token, a line each"
+    )
+    group.add_argument("--deny", type=Path, metavar="FILE", help="what shall be none, a line each")
+    group.add_argument(
+        "--min-frequency", type=_positive, default=rules.min_frequency, metavar="N",
+        help="times a token must be met in the corpus (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--min-spread", type=_positive, default=rules.min_spread, metavar="N",
+        help="documents it must be in (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-characters", type=_positive, default=rules.max_characters, metavar="N",
+        help="its length at most (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--sweep", type=_size, nargs="+", default=defaults.sizes, metavar="N",
+        help=f"sizes to measure (default: {' '.join(map(str, defaults.sizes))})",
+    )  # fmt: skip
+    group.add_argument(
+        "--planned-training-mb", type=_positive, metavar="MB",
+        help="text that will be trained on (default: the corpus once)",
+    )  # fmt: skip
+    group.add_argument(
+        "--report-only", action="store_true", help="measure, and write nothing but the report"
+    )
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the model's new rows")
+    group.add_argument("--init", choices=METHODS, help="how they begin (default: mean)")
+    group.add_argument("--seed", type=int, default=1234, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--make-vocab-size-divisible-by", type=_positive, default=128, metavar="N",
+        help="rows of a tensor-parallel rank are a multiple of this (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tensor-parallel", type=_positive, default=1, metavar="N",
+        help="ranks that will share the rows (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _number(text: str) -> int | str:
+    return AUTO if text == AUTO else _positive(text)
+
+
+def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _size(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _whole(text: str, *, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {least}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
