@@ -121,7 +121,7 @@ def run_jobs(root: Path, models: dict[str, Path], jobs: Sequence[Job]) -> dict[s
 
 
 def _run(root: Path, model: Path, job: Job) -> Steps:
-    engine = _build(model, job.layout, random_weights=job.start is not None)
+    engine = build(model, job.layout, random_weights=job.start is not None)
     if job.start is None:
         _train(engine, range(BEFORE))
     else:
@@ -141,7 +141,8 @@ def _run(root: Path, model: Path, job: Job) -> Steps:
     )
 
 
-def _build(model: Path, layout: Layout, *, random_weights: bool) -> Engine:
+def build(model: Path, layout: Layout, *, random_weights: bool) -> Engine:
+    """An engine that is ready to train."""
     run = RunConfig(
         precision=layout.precision,
         # Other weights and another seed: what a resumed run has, it has from the checkpoint.
@@ -198,8 +199,8 @@ def _draw() -> list[float]:
     return [random.random(), float(np.random.rand()), float(torch.rand(())), tracked]
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole, without the rows that pad the vocabulary."""
+def read_tensors(directory: Path, *, rows: int = VOCABULARY) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole, but of the vocabulary the first rows only."""
     (step,) = directory.glob("step_*")
     reader = dcp.FileSystemReader(step / "dist")
     entries = reader.read_metadata().state_dict_metadata
@@ -210,7 +211,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     }
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(step / "dist"), no_dist=True)
     padded = ("word_embeddings.weight", "output_layer.weight")
-    return {n: t[:VOCABULARY] if n.endswith(padded) else t for n, t in tensors.items()}
+    return {n: t[:rows] if n.endswith(padded) else t for n, t in tensors.items()}
 
 
 def unequal(tensors: dict[str, Tensor], reference: dict[str, Tensor]) -> list[str]:
