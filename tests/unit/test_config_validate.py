@@ -1,4 +1,4 @@
-"""Every rule of `validate.py` and `data_rules.py` has a case that breaks it, and nothing else."""
+"""Every rule of `validate.py` and its parts has a case that breaks it, and nothing else."""
 
 import ast
 import dataclasses
@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from megatron_cgn.config import data_rules
+from megatron_cgn.config import data_rules, optim_rules
 from megatron_cgn.config import validate as validate_module
 from megatron_cgn.config.schema import (
     DataConfig,
     FileConfig,
     ModelConfig,
     OptimConfig,
+    ParamGroupConfig,
     PhaseConfig,
     RunConfig,
     SourceConfig,
@@ -70,6 +71,13 @@ def _phases(*phases: tuple[float | None, dict[str, float]]) -> tuple[PhaseConfig
     return tuple(PhaseConfig(until=until, mix=mix) for until, mix in phases)
 
 
+def _groups(*groups: dict[str, Any]) -> dict[str, Any]:
+    """Groups of embeddings at half the rate, but for what is said."""
+    plain = {"name": "g", "parameters": ("embeddings",), "lr_mult": 0.5}
+    return {"optim.param_groups": tuple(ParamGroupConfig(**plain | group) for group in groups)}
+
+
+GROUP = "optim.param_groups[g]"
 EPOCHS = {"train.train_iters": None, "train.epochs": 2.0}
 TP, PP, CP = (f"parallel.{n}_parallel_size" for n in ("tensor_model", "pipeline_model", "context"))
 VP = "parallel.virtual_pipeline_model_parallel_size"
@@ -375,6 +383,75 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         1,
         ["60 warm-up and 60 decay", "train.train_iters=100"],
     ),
+    "groups-of-one-name": (_groups({}, {}), 1, ["optim.param_groups: the name 'g'", "2 times"]),
+    "group-without-name": (
+        _groups({"name": ""}),
+        1,
+        ["optim.param_groups.0.name: ''", "without slashes"],
+    ),
+    "group-of-nothing": (
+        _groups({"parameters": ()}),
+        1,
+        [f"{GROUP}.parameters: is empty", "model.layers.*.mlp.*"],
+    ),
+    "others-and-more": (
+        _groups({"parameters": ("others", "norms")}),
+        1,
+        [f"{GROUP}.parameters: others", "with anything else"],
+    ),
+    "new-rows-of-all": (
+        _groups({"rows_from": 5}),
+        1,
+        [f"{GROUP}.rows_from: 5", "no effect with rows=all"],
+    ),
+    "rows-of-norms": (
+        _groups({"parameters": ("norms",), "rows": "new"}),
+        1,
+        [f"{GROUP}.rows: new", "norms", "only embeddings and output"],
+    ),
+    "rows-from-the-first": (
+        _groups({"rows": "old", "rows_from": 0}),
+        1,
+        [f"{GROUP}.rows_from: 0", "at least 1"],
+    ),
+    "two-rates": (_groups({"lr": 1e-4}), 1, [f"{GROUP}: has both lr and lr_mult"]),
+    "group-rate": (_groups({"lr_mult": 0.0}), 1, [f"{GROUP}.lr_mult: 0.0", "trained_until_step=0"]),
+    "group-decay": (_groups({"weight_decay": -1.0}), 1, [f"{GROUP}.weight_decay: -1.0"]),
+    "rate-of-what-is-frozen": (
+        _groups({"trained_until_step": 0}),
+        1,
+        [f"{GROUP}.lr_mult: has no effect", "never trained"],
+    ),
+    "frozen-before-the-run": (
+        _groups({"frozen_until_step": -1}),
+        1,
+        [f"{GROUP}.frozen_until_step: -1", "at least 0"],
+    ),
+    "trained-before-the-run": (
+        _groups({"trained_until_step": -1}),
+        1,
+        [f"{GROUP}.trained_until_step: -1", "at least 0"],
+    ),
+    "never-trained": (
+        _groups({"frozen_until_step": 5, "trained_until_step": 5}),
+        1,
+        [f"{GROUP}.trained_until_step: 5 is not after frozen_until_step=5"],
+    ),
+    "frozen-beyond-the-end": (
+        _groups({"frozen_until_step": 100}),
+        1,
+        [f"{GROUP}.frozen_until_step: 100", "ends with step 100 (train.train_iters=100)"],
+    ),
+    "trained-beyond-the-end": (
+        _groups({"trained_until_step": 100}),
+        1,
+        [f"{GROUP}.trained_until_step: 100 has no effect", "100 steps (train.train_iters=100)"],
+    ),
+    "group-without-effect": (
+        _groups({"lr_mult": None, "lr": 1e-5, "weight_decay": 0.1}),
+        1,
+        [f"{GROUP}: has no effect", "like everything else", "remove it"],
+    ),
     "checkpoint-interval": (
         {"checkpoint.interval_steps": 0},
         1,
@@ -417,6 +494,14 @@ def _message(call: Callable[[], None]) -> str:
             1,
         ),
         ({"optim.min_lr": 1e-5, "optim.schedule": "constant"}, 1),
+        (
+            _groups(
+                {"rows": "new", "lr_mult": None},
+                {"name": "rest", "parameters": ("others",), "frozen_until_step": 99},
+            ),
+            1,
+        ),
+        (_groups({"trained_until_step": 0, "lr_mult": None}), 1),
         ({"data.mix": {"domain": 80.0}, **EPOCHS}, 1),
         ({"data.sources": (_files("b", "x", "y"),), "data.mix": {"b": 1.0}}, 1),
         (
@@ -471,6 +556,9 @@ def test_all_faults_are_told_at_once() -> None:
             "train.log_interval_steps": 0,
             "train.train_iters": None,
             "optim.lr": -1.0,
+            "optim.param_groups": _groups({"rows_from": 5, "frozen_until_step": -1})[
+                "optim.param_groups"
+            ],
             "data.sources": (),
             "checkpoint.keep_last": 0,
             "parallel.sequence_parallel": True,
@@ -488,6 +576,8 @@ def test_all_faults_are_told_at_once() -> None:
         "train.train_iters",
         "optim.lr",
         "optim.min_lr",
+        "optim.param_groups[g].rows_from",
+        "optim.param_groups[g].frozen_until_step",
         "data.sources",
         "checkpoint.keep_last",
         "parallel.sequence_parallel",
@@ -496,7 +586,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_every_rule_has_a_case() -> None:
     """Each `yield` of a message runs in some case above; a new rule without one fails here."""
-    modules = (validate_module, data_rules)
+    modules = (validate_module, data_rules, optim_rules)
     files = {module.__file__ for module in modules}
     reached: set[tuple[str, int]] = set()
 
@@ -523,7 +613,7 @@ def test_every_rule_has_a_case() -> None:
         for node in (n for n in nodes if isinstance(n, ast.Yield)):
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             found.append((module.__name__, lines, {(module.__file__, k) for k in lines}))
-    assert len(found) > 50
+    assert len(found) > 70
     assert [(name, lines) for name, lines, places in found if not reached & places] == []
 
 
@@ -534,3 +624,11 @@ def test_a_schedule_longer_than_the_epochs_is_refused() -> None:
     validate_steps(run, 120)
     with pytest.raises(ConfigError, match="60 warm-up and 60 decay steps do not fit into the 119"):
         validate_steps(run, 119)
+
+
+def test_a_group_frozen_for_all_epochs_is_refused() -> None:
+    groups = _groups({"frozen_until_step": 120})["optim.param_groups"]
+    run = RunConfig(train=TrainConfig(epochs=1.0), optim=OptimConfig(param_groups=groups))
+    validate_steps(run, 121)
+    with pytest.raises(ConfigError, match="ends with step 120 .train.epochs=1.0., so that"):
+        validate_steps(run, 120)
