@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ Places = npt.NDArray[np.int32]
 Pair = tuple[int, int]
 Entry = tuple[int, int, int, int]
 """Of the queue: how good (negated), how frequent (negated), left, right. The smallest is first."""
+
+# Places sorted at once, at least: sorting takes 30 bytes for each.
+_PLACES_AT_ONCE = 1 << 21
 
 KNOWN = "is already a token"
 TOO_FEW_DOCUMENTS = "is in too few documents"
@@ -99,6 +103,7 @@ def continue_merges(
         Merges; the caller stops when it has enough. Ends when no frequent pair is left.
     """
     loop = _Loop(symbols, starts, counts, sketches, spellings, min_frequency, frozenset(first))
+    del symbols, starts  # copied, and large
     for left, right in first:
         yield loop.make(left, right)
     chooser = _Chooser(loop, judge, min_spread, Counter() if refused is None else refused)
@@ -130,11 +135,6 @@ class _Loop:
         size = len(symbols)
         assert size < 2**31 and starts[-1] == size and min_frequency >= 1
         self.symbols = np.array(symbols, dtype=np.int32)  # -1 where merged into the one before
-        self.next = np.arange(1, size + 1, dtype=np.int32)
-        self.previous = np.arange(-1, size - 1, dtype=np.int32)
-        occupied = starts[:-1] < starts[1:]
-        self.next[starts[1:][occupied] - 1] = -1
-        self.previous[starts[:-1][occupied]] = -1
         self.word = np.repeat(np.arange(len(counts), dtype=np.int32), np.diff(starts))
         self.counts = counts
         self.sketches = sketches
@@ -144,23 +144,47 @@ class _Loop:
         self._wanted = wanted
         self.places: dict[Pair, Places] = {}
         self.queue: list[Entry] = []
-        self._add_first_pairs()
+        occupied = starts[:-1] < starts[1:]
+        lasts = starts[1:][occupied] - 1
+        self._add_first_pairs(lasts)
         heapq.heapify(self.queue)
+        self.next = np.arange(1, size + 1, dtype=np.int32)
+        self.previous = np.arange(-1, size - 1, dtype=np.int32)
+        self.next[lasts] = -1
+        self.previous[starts[:-1][occupied]] = -1
 
-    def _add_first_pairs(self) -> None:
-        left = np.flatnonzero(self.next >= 0).astype(np.int32)
-        if not len(left):
+    def _add_first_pairs(self, lasts: npt.NDArray[np.int64]) -> None:
+        """Find the pairs of neighbours, a part of all pairs at a time: sorting takes memory.
+
+        Args:
+            lasts: Places of the last symbols of words.
+        """
+        number = min(1 + len(self.symbols) // _PLACES_AT_ONCE, 16)
+        part_of = (self.symbols[:-1] * 5 + self.symbols[1:]) % number
+        part_of = part_of.astype(np.int8)
+        part_of[lasts[:-1]] = -1
+        for part in range(number):
+            left = np.flatnonzero(part_of == part).astype(np.int32)
+            keys = self.symbols[left].astype(np.int64) << 32 | self.symbols[left + 1]
+            for key, frequency, places in self._groups(left, keys, _pair_of_key):
+                self.places[key] = places
+                self.queue.append((-frequency, -frequency, *key))
+
+    def _groups(
+        self, places: Places, keys: npt.NDArray[Any], pair_of: Callable[[int], Pair]
+    ) -> Iterator[tuple[Pair, int, Places]]:
+        """Group places by what pair they are of; only pairs that are frequent enough or wanted."""
+        if not len(places):
             return
-        keys = self.symbols[left].astype(np.int64) << 32 | self.symbols[left + 1]
         order = np.argsort(keys, kind="stable")
-        keys, left = keys[order], left[order]
+        places, keys = places[order], keys[order]
+        del order
         bounds = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        frequencies = np.add.reduceat(self.counts[self.word[left]], bounds)
-        ends = np.append(bounds[1:], len(left))
+        frequencies = np.add.reduceat(self.counts[self.word[places]], bounds)
+        ends = np.append(bounds[1:], len(places))
         kept = frequencies >= self.min_frequency
         if self._wanted:
-            wanted = [a << 32 | b for a, b in self._wanted]
-            kept |= np.isin(keys[bounds], wanted)
+            kept |= np.array([pair_of(key) in self._wanted for key in keys[bounds].tolist()])
         for key, frequency, start, end in zip(
             keys[bounds[kept]].tolist(),
             frequencies[kept].tolist(),
@@ -168,10 +192,8 @@ class _Loop:
             ends[kept].tolist(),
             strict=True,
         ):
-            pair = (key >> 32, key & 0xFFFFFFFF)
             # A copy, so that what no frequent pair has need not be held.
-            self.places[pair] = left[start:end].copy()
-            self.queue.append((-frequency, -frequency, *pair))
+            yield pair_of(key), frequency, places[start:end].copy()
 
     def current_places(self, left: int, right: int) -> Places:
         """Places that the pair still has; of overlapping ones (aaa) every second from the left."""
@@ -240,26 +262,13 @@ class _Loop:
         self, places: Places, others: npt.NDArray[np.int32], pair_of: Callable[[int], Pair]
     ) -> None:
         """Add the pairs of the new symbol with others, where frequent enough."""
-        if not len(places):
-            return
-        order = np.argsort(others, kind="stable")
-        places, others = places[order], others[order]
-        bounds = np.flatnonzero(np.concatenate(([True], others[1:] != others[:-1])))
-        frequencies = np.add.reduceat(self.counts[self.word[places]], bounds)
-        ends = np.append(bounds[1:], len(places))
-        kept = frequencies >= self.min_frequency
-        if self._wanted:
-            kept |= np.array([pair_of(o) in self._wanted for o in others[bounds].tolist()])
-        for other, frequency, start, end in zip(
-            others[bounds[kept]].tolist(),
-            frequencies[kept].tolist(),
-            bounds[kept].tolist(),
-            ends[kept].tolist(),
-            strict=True,
-        ):
-            pair = pair_of(other)
-            self.places[pair] = places[start:end].copy()
+        for pair, frequency, grouped in self._groups(places, others, pair_of):
+            self.places[pair] = grouped
             heapq.heappush(self.queue, (-frequency, -frequency, *pair))
+
+
+def _pair_of_key(key: int) -> Pair:
+    return key >> 32, key & 0xFFFFFFFF
 
 
 def _every_second(places: Places, after: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:

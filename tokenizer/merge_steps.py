@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Ints = npt.NDArray[np.int32]
+_Longs = npt.NDArray[np.int64]
 _SYMBOL_BITS = 28
 _LONGEST = 4  # bytes of a character in UTF-8
 
@@ -121,9 +122,7 @@ class Steps:
             joined = part + joined
         return merges
 
-    def _around(
-        self, places: _Ints, *, total: int, size: int
-    ) -> tuple[npt.NDArray[np.int64], _Ints]:
+    def _around(self, places: _Ints, *, total: int, size: int) -> tuple[_Longs, _Ints]:
         """The other symbols of the character at each place, as numbers; and those places.
 
         Args:
@@ -131,43 +130,66 @@ class Steps:
             total: Bytes of its character if it begins one, else 0.
             size: Bytes of the pair.
         """
-        loop = self._loop
         number = len(places)
         have = np.full(number, size, dtype=np.int64)
         totals = np.full(number, total, dtype=np.int64)
-        before = np.zeros(number, dtype=np.int64)
-        others = np.full((4, number), -1, dtype=np.int64)  # two on the left, two on the right
-        seeking = np.full(number, not total)
-        place = places
+        before, left = self._to_the_left(places, have, totals)
+        covered = (totals > 0) & (have <= totals)
+        after, right = self._to_the_right(places, have, np.where(covered, totals, 0))
+        covered &= have == totals
+        # At most two of the four are there: four bytes less the two of the pair.
+        outer = np.where(before == 2, left[1], np.where(before == 1, left[0], right[0]))
+        inner = np.where(before == 2, left[0], np.where(before == 1, right[0], right[1]))
+        keys = before << 2 | after
+        keys = (keys << _SYMBOL_BITS | outer + 1) << _SYMBOL_BITS | inner + 1
+        return keys[covered], places[covered]
+
+    def _to_the_left(
+        self, places: _Ints, have: _Longs, totals: _Longs
+    ) -> tuple[_Longs, list[_Longs]]:
+        """Go to where each character begins; adds to what there is of it, and sets its size.
+
+        Returns:
+            How many symbols that takes, and the next symbol on the left and the one after; -1 if
+            they are no part of the character.
+        """
+        loop = self._loop
+        taken = np.zeros(len(places), dtype=np.int64)
+        symbols = []
+        seeking, place = totals == 0, places
         for step in (1, 2):
             place = np.where(seeking, loop.previous[place], -1)
             symbol = np.where(place >= 0, loop.symbols[place], -1)
             begins = seeking & (self._begins[symbol] > 0)
             continues = seeking & (self._continues[symbol] > 0)
             have += self._begins[symbol] * begins + self._continues[symbol] * continues
-            totals = np.where(begins, self._total[symbol], totals)
-            before = np.where(begins, step, before)
-            others[2 - step] = np.where(begins | continues, symbol, -1)
+            totals[begins] = self._total[symbol[begins]]
+            taken[begins] = step
+            symbols.append(np.where(begins | continues, symbol, -1).astype(np.int64))
             seeking = continues
-        covered = (totals > 0) & (have <= totals)
-        after = np.zeros(number, dtype=np.int64)
-        place = loop.next[loop.next[places]]
+        return taken, symbols
+
+    def _to_the_right(
+        self, places: _Ints, have: _Longs, totals: _Longs
+    ) -> tuple[_Longs, list[_Longs]]:
+        """Go to where each character ends; adds to what there is of it.
+
+        Returns:
+            As `_to_the_left`, on the right.
+        """
+        loop = self._loop
+        taken = np.zeros(len(places), dtype=np.int64)
+        symbols = []
+        seeking, place = np.ones(len(places), dtype=bool), loop.next[places]
         for step in (1, 2):
-            seeking = covered & (have < totals)
-            place = np.where(seeking, place, -1)
+            seeking = seeking & (have < totals)
+            place = np.where(seeking, loop.next[place], -1)
             symbol = np.where(place >= 0, loop.symbols[place], -1)
             seeking &= self._continues[symbol] > 0
             have += self._continues[symbol] * seeking
-            after = np.where(seeking, step, after)
-            others[1 + step] = np.where(seeking, symbol, -1)
-            place = np.where(place >= 0, loop.next[place], -1)
-        covered &= have == totals
-        keys = before << 2 | after
-        # At most two of the four are there: four bytes less the two of the pair.
-        outer = np.where(before == 2, others[0], np.where(before == 1, others[1], others[2]))
-        inner = np.where(before == 2, others[1], np.where(before == 1, others[2], others[3]))
-        keys = (keys << _SYMBOL_BITS | outer + 1) << _SYMBOL_BITS | inner + 1
-        return keys[covered], places[covered]
+            taken[seeking] = step
+            symbols.append(np.where(seeking, symbol, -1).astype(np.int64))
+        return taken, symbols
 
     def _read_spellings(self) -> None:
         """Learn the symbols that are new since the last call."""
