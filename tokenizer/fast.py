@@ -13,11 +13,11 @@ import ctypes
 import json
 import logging
 import os
-import threading
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _HAN_BYTES = 1.2
 """Bytes per character of UTF-8 from which a text is taken for one with ideographs: 3 each."""
 _CACHE_BYTES = 96 << 20
-"""Memory per thread by which the package's cache of words may grow before it is emptied."""
+"""Memory by which a process may grow before the package's cache of words is emptied."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 # First bytes, in UTF-8, of characters that cannot be new: all below U+07C0, U+2000 to U+9FFF,
@@ -47,15 +47,18 @@ class NotEqual(Exception):
     """The package cannot do this tokenizer, or gives other ids. Says why; never a user's fault."""
 
 
-class FastEncoder:
-    """Encodes batches of texts; safe to call from several threads, and faster for it."""
+class FastIds:
+    """The package's encoder with its cuts: fast, and not held against the original by itself.
 
-    def __init__(self, tokenizer: Tokenizer, *, threads: int) -> None:
-        """Open the package's tokenizer and prove it on the hard texts.
+    Copies of the process may go on using it.
+    """
+
+    def __init__(self, definition: dict[str, Any], *, name: str) -> None:
+        """Open the package's tokenizer.
 
         Args:
-            tokenizer: The original.
-            threads: How many will call; bounds the memory.
+            definition: Content of ``tokenizer.json``.
+            name: What to call the tokenizer in messages.
 
         Raises:
             ImportError: If the package is not installed.
@@ -63,38 +66,49 @@ class FastEncoder:
         """
         from gigatoken import gigatoken_rs
 
-        self._original = tokenizer
         self._rust: Any = gigatoken_rs
-        definition = _definition_for(tokenizer)
-        self._definition = json.dumps(definition).encode()
-        self._segments = self._cut_at_ideographs(definition)
-        self._limit_bytes = threads * _CACHE_BYTES
-        self._turn = threading.Condition()
-        self._active = 0
-        self._emptying = False
+        kept = _definition_for(definition)
+        added = sorted(definition.get("added_tokens") or (), key=lambda token: token["id"])
+        self.added_tokens: list[str] = [token["content"] for token in added]
+        self._definition = _to_json(kept)
+        self._segments = self._cut_at_ideographs(kept, name)
+        self._backend: Any = None
         self._open()
-        self.prove(hard_texts(tokenizer.added_tokens()))
 
-    def _cut_at_ideographs(self, definition: dict[str, Any]) -> HanSegments | None:
+    def _cut_at_ideographs(self, definition: dict[str, Any], name: str) -> HanSegments | None:
         try:
             return HanSegments(HanCuts(definition), self._encode_whole)
         except CannotCut as reason:
-            log.debug("%s: Chinese goes slower: %s", self._original.name, reason)
+            log.debug("%s: Chinese goes slower: %s", name, reason)
             return None
 
     def _open(self) -> None:
         try:
             with _panics_are_errors():
-                self._backend: Any = self._rust.load_hf_json(self._definition)
+                self._backend = self._rust.load_hf_json(self._definition)
         except Exception as error:  # whatever the package raises, it means that it cannot
             raise NotEqual(_first_line(error)) from error
+        self._opened_by = os.getpid()
         self._opened_bytes = _resident_bytes()
+
+    def unsettled(self, texts: Sequence[str], utf8: Sequence[bytes]) -> list[int]:
+        """Say which texts hold characters that only the original may judge.
+
+        Args:
+            texts: Valid Unicode.
+            utf8: The same texts in UTF-8.
+
+        Returns:
+            Their places.
+        """
+        suspects = [i for i, t in enumerate(utf8) if t.translate(None, _SETTLED_BYTES)]
+        return [i for i in suspects if not _is_settled(texts[i])]
 
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Flat:
         """Encode texts, adding no special tokens.
 
         Args:
-            texts: Valid Unicode.
+            texts: Valid Unicode, none of them `unsettled`.
             utf8: The same texts in UTF-8.
 
         Returns:
@@ -103,44 +117,6 @@ class FastEncoder:
         Raises:
             NotEqual: If the package fails on these.
         """
-        suspects = [i for i, t in enumerate(utf8) if t.translate(None, _SETTLED_BYTES)]
-        unsettled = [i for i in suspects if not _is_settled(texts[i])]
-        if not unsettled:
-            return self._encode(texts, utf8)
-        fast_texts, fast = list(texts), list(utf8)
-        for i in unsettled:
-            fast_texts[i], fast[i] = "", b""
-        ids, lengths = self._encode(fast_texts, fast)
-        parts, start = [], 0
-        ends = np.cumsum(lengths)
-        for i in unsettled:
-            own = np.array(self._original.encode(texts[i]), dtype=ids.dtype)
-            parts += [ids[start : ends[i]], own]
-            start, lengths[i] = int(ends[i]), len(own)
-        return np.concatenate([*parts, ids[start:]]), lengths
-
-    def prove(self, texts: Sequence[str]) -> None:
-        """Hold the ids of texts against the original's.
-
-        Args:
-            texts: Valid Unicode. Those that are always left to the original are passed over.
-
-        Raises:
-            NotEqual: If one differs.
-        """
-        texts = [text for text in texts if _is_settled(text)]
-        ids, lengths = self._encode(texts, [text.encode() for text in texts])
-        start = 0
-        for text, expected, length in zip(
-            texts, self._original.encode_batch(texts), lengths.tolist(), strict=True
-        ):
-            if ids[start : start + length].tolist() != expected:
-                shown = ascii(text if len(text) <= 60 else text[:60] + "…")
-                raise NotEqual(f"it gives other ids for {shown}")
-            start += length
-
-    def _encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Flat:
-        """Encode those with ideographs piece by piece, the others as they are."""
         if self._segments is None:
             return self._encode_whole(utf8)
         chosen = [i for i, t in enumerate(texts) if _HAN_BYTES * len(t) < len(utf8[i])]
@@ -155,42 +131,124 @@ class FastEncoder:
         return _interleave(is_chosen, some, self._encode_whole(others))
 
     def _encode_whole(self, utf8: Sequence[bytes]) -> Flat:
-        with self._using() as backend, _panics_are_errors():
+        if self.grown_bytes() > _CACHE_BYTES:
+            # The package has no limit for its cache of words and no way to empty it.
+            self._backend = None
+            _return_freed_memory()
+            self._open()
+        with _panics_are_errors():
             try:
-                # "Parallel" shares one cache per thread; batches of a megabyte stay on this one.
-                layout = backend.encode_batch(list(utf8), parallel=True).layout
+                # "Parallel" would start threads, which a copy of the process would lack.
+                layout = self._backend.encode_batch(list(utf8), parallel=False).layout
             except Exception as error:
                 raise NotEqual(f"it fails: {_first_line(error)}") from error
         offsets = np.asarray(layout.offsets.data)
         ids = np.asarray(layout.content.data)
         return ids[offsets[0] : offsets[-1]], np.diff(offsets)
 
-    @contextmanager
-    def _using(self) -> Iterator[Any]:
-        """Lend the backend. Empties its cache first if it has grown too large.
+    def grown_bytes(self) -> int:
+        """Memory by which the process has grown since the tokenizer was opened, or it was forked.
 
-        The package has no limit for it and no way to empty it: only to open the tokenizer again.
+        Most of it is the package's cache of words.
         """
-        with self._turn:
-            self._turn.wait_for(lambda: not self._emptying)
-            grown = _resident_bytes() - self._opened_bytes
-            if grown > self._limit_bytes:
-                self._emptying = True
-                self._turn.wait_for(lambda: not self._active)
-                try:
-                    self._backend = None
-                    _return_freed_memory()
-                    self._open()
-                finally:
-                    self._emptying = False
-                    self._turn.notify_all()
-            self._active += 1
-        try:
-            yield self._backend
-        finally:
-            with self._turn:
-                self._active -= 1
-                self._turn.notify_all()
+        now = _resident_bytes()
+        if self._opened_by != os.getpid():
+            self._opened_by, self._opened_bytes = os.getpid(), now
+        return now - self._opened_bytes
+
+
+class FastEncoder:
+    """Gives a tokenizer's own ids: by `FastIds` wherever that is known to be equal."""
+
+    def __init__(self, tokenizer: Tokenizer, *, ids: FastIds | None = None) -> None:
+        """Prove the package on the hard texts.
+
+        Args:
+            tokenizer: The original.
+            ids: The package's encoder, where it is at hand.
+
+        Raises:
+            ImportError: If the package is not installed.
+            NotEqual: If it cannot do this tokenizer.
+        """
+        self._original = tokenizer
+        self._ids = ids or FastIds(tokenizer.definition(), name=tokenizer.name)
+        self.prove(hard_texts(tokenizer.added_tokens()))
+
+    def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Flat:
+        """Encode texts, adding no special tokens.
+
+        Args:
+            texts: Valid Unicode.
+            utf8: The same texts in UTF-8.
+
+        Returns:
+            Their ids.
+
+        Raises:
+            NotEqual: If the package fails on these.
+        """
+        places = self._ids.unsettled(texts, utf8)
+        fast_texts, fast = without(texts, utf8, places)
+        own = self._original.encode_batch([texts[i] for i in places])
+        return with_left(self._ids.encode(fast_texts, fast), places, own)
+
+    def prove(self, texts: Sequence[str]) -> None:
+        """Hold the ids of texts against the original's.
+
+        Args:
+            texts: Valid Unicode. Those that are always left to the original are passed over.
+
+        Raises:
+            NotEqual: If one differs.
+        """
+        compare(self._original, *sample_ids(self._ids, texts))
+
+
+def without(
+    texts: Sequence[str], utf8: Sequence[bytes], places: Sequence[int]
+) -> tuple[Sequence[str], Sequence[bytes]]:
+    """Put empty texts at some places."""
+    if not places:
+        return texts, utf8
+    fewer_texts, fewer = list(texts), list(utf8)
+    for i in places:
+        fewer_texts[i], fewer[i] = "", b""
+    return fewer_texts, fewer
+
+
+def with_left(flat: Flat, places: Sequence[int], own: Sequence[Sequence[int]]) -> Flat:
+    """Put the ids of texts to their places, which were left empty."""
+    if not places:
+        return flat
+    ids, lengths = flat
+    ends = np.cumsum(lengths)
+    lengths = lengths.copy()
+    parts, start = [], 0
+    for i, given in zip(places, own, strict=True):
+        parts += [ids[start : ends[i]], np.array(given, dtype=ids.dtype)]
+        start, lengths[i] = int(ends[i]), len(given)
+    return np.concatenate([*parts, ids[start:]]), lengths
+
+
+def sample_ids(encoder: FastIds, texts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Encode samples, to `compare`; those that are always left to the original are passed over."""
+    texts = [text for text in texts if _is_settled(text)]
+    ids, lengths = encoder.encode(texts, [text.encode() for text in texts])
+    ends = np.cumsum(lengths).tolist()
+    return texts, [ids[a:b].tolist() for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def compare(original: Tokenizer, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> None:
+    """Hold ids of texts against the original's.
+
+    Raises:
+        NotEqual: If one differs.
+    """
+    for text, expected, found in zip(texts, original.encode_batch(texts), ids, strict=True):
+        if list(found) != expected:
+            shown = ascii(text if len(text) <= 60 else text[:60] + "…")
+            raise NotEqual(f"it gives other ids for {shown}")
 
 
 def _interleave(is_first: npt.NDArray[np.bool_], first: Flat, second: Flat) -> Flat:
@@ -203,14 +261,56 @@ def _interleave(is_first: npt.NDArray[np.bool_], first: Flat, second: Flat) -> F
     return ids, lengths
 
 
-def _definition_for(tokenizer: Tokenizer) -> dict[str, Any]:
+def read_definition(directory: str | Path) -> dict[str, Any] | None:
+    """Read ``tokenizer.json`` without opening the tokenizer.
+
+    Args:
+        directory: Hugging Face tokenizer directory.
+
+    Returns:
+        Its content, or None where the tokenizer might be another than it says: where it is missing,
+        spelt as older versions did, or lacks tokens that ``tokenizer_config.json`` names.
+    """
+    try:
+        definition: dict[str, Any] = _from_json((Path(directory) / "tokenizer.json").read_bytes())
+        added, model = definition["added_tokens"], definition["model"]
+        ids = {*model["vocab"].values(), *(token["id"] for token in added)}
+        if not all(
+            {"special", "normalized", "lstrip", "rstrip", "single_word"} <= {*t} for t in added
+        ):
+            return None
+        config = Path(directory) / "tokenizer_config.json"
+        if config.is_file():
+            named = _from_json(config.read_bytes()).get("added_tokens_decoder") or {}
+            if not ids.issuperset(map(int, named)):
+                return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None  # whatever it is, the original tells
+    return definition
+
+
+def _from_json(text: bytes) -> Any:
+    try:
+        import orjson
+    except ImportError:
+        return json.loads(text)
+    return orjson.loads(text)
+
+
+def _to_json(definition: dict[str, Any]) -> bytes:
+    try:
+        import orjson
+    except ImportError:
+        return json.dumps(definition).encode()
+    return orjson.dumps(definition)
+
+
+def _definition_for(definition: dict[str, Any]) -> dict[str, Any]:
     """``tokenizer.json`` for the package: special tokens are left out, so text never becomes one.
 
     Raises:
         NotEqual: If it has options that the package passes over.
     """
-    definition = tokenizer.definition()
-    tokenizer.fingerprint(definition=definition)  # it will be asked for, and this is the parsing
     model = definition["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise NotEqual("it is used for byte-level BPE alone")

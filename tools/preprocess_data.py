@@ -130,7 +130,7 @@ def _index_parser() -> argparse.ArgumentParser:
         type=_positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
-        help="threads that encode (default: as many as usable cores, here %(default)s)",
+        help="processes that encode (default: as many as usable cores, here %(default)s)",
     )
     _add_overwrite(parser)
     return parser

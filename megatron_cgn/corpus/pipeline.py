@@ -33,7 +33,6 @@ from megatron_cgn.corpus.plan import (
     open_work,
     publish,
 )
-from megatron_cgn.corpus.pool import map_in_order
 from megatron_cgn.corpus.records import COLUMNS
 from megatron_cgn.corpus.report import write_report
 from megatron_cgn.corpus.second_pass import PIECES, SecondPass
@@ -44,6 +43,7 @@ from megatron_cgn.corpus.tally import Tally
 from megatron_cgn.corpus.threshold import check_bad
 from megatron_cgn.corpus.work import Work, read_json, sync, write_json
 from megatron_cgn.data.lineage import file_digest
+from megatron_cgn.data.pool import map_in_order
 from megatron_cgn.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -1,31 +1,35 @@
 """Blocks of raw lines or rows to ids, by the fastest encoder that gives the tokenizer's own ids.
 
-Which one that is: `choose`. That the fast one goes on giving the same ids is checked on samples of
-every block, at the same places whatever the number of threads.
+That the fast one gives the same ids is checked on samples of every block, at the same places
+whatever the number of processes. Those that encode have not the original tokenizer: what only it
+can say, they leave to the main process, which asks it (``original.py``).
 """
 
 import itertools
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_cgn.data.documents import Block, parse_block
+from megatron_cgn.data.facts import Facts
 from megatron_cgn.data.indexed import token_dtype
-from megatron_cgn.data.lineage import Columns
-from tokenizer.fast import FastEncoder, NotEqual
+from megatron_cgn.data.lineage import to_batch
+from tokenizer.fast import FastIds, sample_ids, with_left, without
 from tokenizer.han_segments import Flat
 from tokenizer.wrapper import Tokenizer
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Samples of a block and characters of each. The original is slow: these take a twentieth of the
 # time.
 _FIRST_SAMPLES = 16, 512
 _LATER_SAMPLES = 1, 160
+_SPENT_BYTES = 64 << 20
+"""Growth of a process from which another should take its place; most of it is a cache of words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,33 +40,31 @@ class Encoded:
     """Place of the input among the inputs."""
     tokens: npt.NDArray[np.integer[Any]]
     """Ids, documents one after another, ``[sum(lengths)]``."""
-    lengths: npt.NDArray[np.int32]
-    """Tokens of each document, int32 ``[documents]``."""
-    lineage: Columns
+    lengths: npt.NDArray[np.integer[Any]]
+    """Tokens of each document, ``[documents]``."""
+    lineage: "pa.RecordBatch"
     """Where each document comes from."""
-    text_bytes: int
-    """UTF-8 bytes of the documents."""
     empty: int
     """Documents skipped because nothing is in them."""
     repaired: int
     """Documents in which lone surrogates were replaced."""
     progress_bytes: int
     """Bytes of the input used up."""
+    samples: tuple[list[str], list[list[int]]] | None = None
+    """Pieces of the texts and their ids, to be held against the original's."""
+    left: tuple[list[int], list[str]] | None = None
+    """Documents left to the original: their places and texts. The others are not `complete`."""
 
 
 class BatchEncoder(Protocol):
-    """Makes ids of a batch of texts, from several threads at once."""
+    """Makes ids of a batch of texts."""
 
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Flat:
         """Give the ids of texts, which come in UTF-8 besides."""
         ...
 
-    def prove(self, texts: Sequence[str]) -> None:
-        """Check texts against the original; raises `NotEqual`."""
-        ...
 
-
-class OriginalEncoder:
+class OriginalIds:
     """The Hugging Face tokenizer itself."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -76,86 +78,94 @@ class OriginalEncoder:
         flat = itertools.chain.from_iterable(ids)
         return np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum())), lengths
 
-    def prove(self, texts: Sequence[str]) -> None:
-        """Do nothing: these ids are right by definition."""
-
-
-def choose(tokenizer: Tokenizer, *, threads: int) -> BatchEncoder:
-    """Give the fastest encoder that does this tokenizer; logs why when it is the slow one.
-
-    Args:
-        tokenizer: The tokenizer.
-        threads: How many threads will call the encoder.
-
-    Returns:
-        The encoder.
-    """
-    try:
-        return FastEncoder(tokenizer, threads=threads)
-    except ImportError:
-        reason = "gigatoken is not installed: pip install 'megatron-cgn[fast]'"
-    except NotEqual as error:
-        reason = f"gigatoken does not do {tokenizer.name}: {error}"
-    log.info("Encoding with Hugging Face's tokenizers, about ten times slower. (%s)", reason)
-    return OriginalEncoder(tokenizer)
-
 
 class BlockEncoder:
     """Turns a block of raw lines or rows into ids."""
 
-    def __init__(
-        self, encoder: BatchEncoder, *, field: str, eod_id: int | None, vocab_size: int
-    ) -> None:
+    def __init__(self, encoder: BatchEncoder, *, field: str, facts: Facts) -> None:
         """Fix the rules.
 
         Args:
-            encoder: What makes ids.
+            encoder: What makes ids; `FastIds` are checked, others are right by definition.
             field: Name of the text's field.
-            eod_id: Id to end every document with, if any.
-            vocab_size: Largest id plus one.
+            facts: About the tokenizer.
         """
         self._encoder = encoder
+        self._fast = encoder if isinstance(encoder, FastIds) else None
         self._field = field
-        self._eod_id = eod_id
-        self._dtype = token_dtype(vocab_size)
+        self._facts = facts
 
     def __call__(self, block: Block) -> Encoded:
         """Parse and encode a block.
 
         Raises:
             DataError: If a line or row is not a document; names it.
-            NotEqual: If the fast encoder turns out to give other ids.
+            NotEqual: If the fast encoder fails.
         """
         parsed = parse_block(block, field=self._field)
-        self._encoder.prove(_samples(parsed.texts, first=block.first))
-        ids, lengths = self._encoder.encode(parsed.texts, parsed.utf8)
-        lineage, text_bytes = parsed.lineage, sum(map(len, parsed.utf8))
-        kept = np.flatnonzero(lengths)
-        if len(kept) < len(lengths):  # texts of which a tokenizer makes nothing at all
-            lengths = lengths[kept]
-            text_bytes = sum(len(parsed.utf8[i]) for i in kept)
-            lineage = {name: [column[i] for i in kept] for name, column in lineage.items()}
-        if self._eod_id is not None:
-            ids, lengths = _append(ids, lengths, self._eod_id, dtype=self._dtype)
-        return Encoded(
+        texts, utf8 = parsed.texts, parsed.utf8
+        places = self._fast.unsettled(texts, utf8) if self._fast is not None else []
+        ids, lengths = self._encoder.encode(*without(texts, utf8, places))
+        encoded = Encoded(
             source=block.source,
-            tokens=ids.astype(self._dtype, copy=False),
-            lengths=lengths.astype(np.int32),
-            lineage=lineage,
-            text_bytes=text_bytes,
-            empty=parsed.empty + len(parsed.texts) - len(kept),
+            tokens=ids,
+            lengths=lengths,
+            lineage=to_batch(parsed.lineage),
+            empty=parsed.empty,
             repaired=parsed.repaired,
             progress_bytes=block.progress_bytes,
         )
+        if self._fast is None:
+            return _finished(encoded, self._facts)
+        samples = sample_ids(self._fast, _samples(texts, first=block.first))
+        if places:
+            return replace(encoded, samples=samples, left=(places, [texts[i] for i in places]))
+        return replace(_finished(encoded, self._facts), samples=samples)
+
+    def spent(self) -> bool:
+        """Say whether this process has grown so large that another should take its place."""
+        return self._fast is not None and self._fast.grown_bytes() > _SPENT_BYTES
+
+
+def complete(encoded: Encoded, own: Sequence[Sequence[int]], facts: Facts) -> Encoded:
+    """Put in the ids of the documents that were left to the original.
+
+    Args:
+        encoded: Of which some are left.
+        own: Their ids.
+        facts: About the tokenizer.
+    """
+    assert encoded.left is not None
+    lengths = encoded.lengths.astype(np.int64)
+    ids, lengths = with_left((encoded.tokens, lengths), encoded.left[0], own)
+    return _finished(replace(encoded, tokens=ids, lengths=lengths, left=None), facts)
+
+
+def _finished(encoded: Encoded, facts: Facts) -> Encoded:
+    """Drop texts of which a tokenizer makes nothing at all, and end each document."""
+    ids, lengths, lineage = encoded.tokens, encoded.lengths, encoded.lineage
+    kept = lengths > 0
+    if not kept.all():
+        lengths, lineage = lengths[kept], lineage.filter(kept)
+    dtype = token_dtype(facts.vocab_size)
+    if facts.eod_id is not None:
+        ids, lengths = _append(ids, lengths, facts.eod_id, dtype=dtype)
+    return replace(
+        encoded,
+        tokens=ids.astype(dtype, copy=False),
+        lengths=lengths.astype(np.int32),
+        lineage=lineage,
+        empty=encoded.empty + int((~kept).sum()),
+    )
 
 
 def _append(
     ids: npt.NDArray[np.integer[Any]],
-    lengths: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.integer[Any]],
     ending: int,
     *,
     dtype: type[np.integer[Any]],
-) -> Flat:
+) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.integer[Any]]]:
     """Put an id behind every document."""
     lengths = lengths + 1
     longer = np.empty(len(ids) + len(lengths), dtype=dtype)

@@ -39,6 +39,17 @@ def lineage_schema() -> "pa.Schema":
     return pa.schema([*texts, pa.field("text_bytes", pa.int64(), nullable=False)])
 
 
+def to_batch(columns: Columns) -> "pa.RecordBatch":
+    """Make a batch of columns.
+
+    Args:
+        columns: Values of `COLUMNS`, equally many of each.
+    """
+    import pyarrow as pa
+
+    return pa.record_batch([columns[name] for name in COLUMNS], schema=lineage_schema())
+
+
 class LineageWriter:
     """Writes the file in one pass, a row group at a time."""
 
@@ -71,10 +82,7 @@ class LineageWriter:
         Raises:
             OSError: If the disk refuses.
         """
-        import pyarrow as pa
-
-        batch = pa.record_batch([columns[name] for name in COLUMNS], schema=self._schema)
-        self.add_batch(batch)
+        self.add_batch(to_batch(columns))
 
     def add_batch(self, batch: "pa.RecordBatch") -> None:
         """Append the documents of a batch that `read_lineage` gave: as `add`."""

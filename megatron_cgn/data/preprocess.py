@@ -1,31 +1,39 @@
-"""Documents to an indexed dataset: reader → encoder → writer.
+"""Documents to an indexed dataset: reader → encoders → writer.
 
-The reader (``readers.py``) and the writer (``index_writer.py``) run in the calling thread, the
-encoder (``encode.py``) in as many as wanted. Blocks come back in order, so the output does not
-depend on how many. Threads, not processes: the encoders work outside the interpreter's lock, share
-one vocabulary, and nothing is copied between them.
+The reader (``readers.py``) and the writer (``index_writer.py``) run in the main process, the
+encoders (``encode.py``) in as many copies of it as wanted, which share its tokenizer and, for
+blocks and ids, memory (``shared.py``). Blocks come back in order, so the output does not depend on
+how many there are. The original tokenizer, which is slow to open, has a process of its own: the
+others are at work before it is ready.
 """
 
+import contextlib
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from megatron_cgn.data.encode import BatchEncoder, BlockEncoder, OriginalEncoder, choose
+import numpy as np
+
+from megatron_cgn.data.encode import BatchEncoder, BlockEncoder, Encoded, OriginalIds
+from megatron_cgn.data.facts import Facts
 from megatron_cgn.data.index_writer import ALL_SUFFIXES, IndexWriter
 from megatron_cgn.data.indexed import Sidecar, SourceFile
-from megatron_cgn.data.pool import map_in_order
+from megatron_cgn.data.original import Original
 from megatron_cgn.data.readers import check_inputs, read_blocks
+from megatron_cgn.data.shared import Encoders
 from megatron_cgn.errors import DataError
-from tokenizer.fast import NotEqual
+from tokenizer.fast import FastIds, NotEqual, read_definition, sample_ids
+from tokenizer.hard_texts import hard_texts
 from tokenizer.wrapper import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Blocks in flight per worker, enough to keep it busy; and fewer where they are large, to hold them.
-_BLOCKS_AHEAD = 3
-_BYTES_AHEAD = 4 << 20
+_SMALL_BYTES = 2 << 20
+"""Inputs that are done before processes are started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +69,7 @@ def preprocess(
         output_prefix: Path of the output without suffix.
         field: Name of the text's field.
         append_eod: End every document with the tokenizer's ``eod_id``.
-        workers: Threads that encode; 1 encodes in this one. The output is the same.
+        workers: Processes that encode; with 1 this one does everything. The output is the same.
         overwrite: Replace an existing index.
         report: Called with the input bytes used up since its last call.
 
@@ -72,99 +80,175 @@ def preprocess(
         DataError: If an input, the tokenizer or the output is unusable. Nothing is left behind.
     """
     started = time.monotonic()
-    tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
-    eod_id = tokenizer.eod_id if append_eod else None
-    check_inputs(inputs)
+    if check_inputs(inputs) <= _SMALL_BYTES:
+        workers = 1
     _check_output(output_prefix, inputs)
     run = _Run(
         inputs=inputs,
-        tokenizer=tokenizer,
+        tokenizer_dir=tokenizer_dir,
         output_prefix=output_prefix,
         field=field,
-        eod_id=eod_id,
-        workers=workers,
+        append_eod=append_eod,
+        processes=workers if workers > 1 else 0,
         overwrite=overwrite,
         report=report,
     )
-    if not all(Path(path).is_file() or Path(path).is_dir() for path in inputs):
-        # Were the fast encoder found wrong in the middle, a pipe could not be read again.
-        log.info("An input is a pipe: encoding it the slow way. Give a file to be faster.")
-        return run(OriginalEncoder(tokenizer), started=started)
-    try:
-        return run(choose(tokenizer, threads=workers), started=started)
-    except NotEqual as error:
-        log.warning(
-            "Starting again with Hugging Face's tokenizers, about ten times slower. (gigatoken "
-            "does not do %s: %s)",
-            tokenizer.name,
-            error,
-        )
-    return run(OriginalEncoder(tokenizer), started=started)
+    summary = run.fast() or run.slow()
+    return replace(summary, seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """Everything about a run but who makes the ids."""
+    """A run, one way or the other."""
 
     inputs: Sequence[str | Path]
-    tokenizer: Tokenizer
+    tokenizer_dir: str | Path
     output_prefix: str | Path
     field: str
-    eod_id: int | None
-    workers: int
+    append_eod: bool
+    processes: int
     overwrite: bool
     report: Callable[[int], object] | None
 
-    def __call__(self, encoder: BatchEncoder, *, started: float) -> Summary:
-        documents = [0] * len(self.inputs)
-        text_bytes = empty = repaired = used_bytes = 0
-        vocab_size = self.tokenizer.vocab_size
-        with IndexWriter(
-            self.output_prefix, vocab_size=vocab_size, overwrite=self.overwrite
-        ) as writer:
-            encoded = map_in_order(
-                BlockEncoder(encoder, field=self.field, eod_id=self.eod_id, vocab_size=vocab_size),
-                read_blocks(self.inputs, field=self.field),
-                workers=self.workers,
-                size_of=lambda block: block.size,
-                items_ahead=self.workers * _BLOCKS_AHEAD,
-                bytes_ahead=self.workers * _BYTES_AHEAD,
-            )
+    def fast(self) -> Summary | None:
+        """Index with the fast encoder; None, with the reason in the log, if that cannot be."""
+        if not all(Path(path).is_file() or Path(path).is_dir() for path in self.inputs):
+            # Were the fast encoder found wrong in the middle, a pipe could not be read again.
+            log.info("An input is a pipe: encoding it the slow way. Give a file to be faster.")
+            return None
+        name = Path(self.tokenizer_dir).resolve().name
+        original = Original(
+            partial(Tokenizer.from_pretrained, self.tokenizer_dir),
+            append_eod=self.append_eod,
+            apart=self.processes > 0,
+        )
+        with original:
             try:
-                for part in encoded:
+                ids = _open_fast(self.tokenizer_dir, original)
+            except ImportError:
+                reason = "gigatoken is not installed: pip install 'megatron-cgn[fast]'"
+            except NotEqual as error:
+                reason = f"gigatoken does not do {name}: {error}"
+            else:
+                try:
+                    return self._index(ids, original)
+                except NotEqual as error:
+                    log.warning(
+                        "Starting again with Hugging Face's tokenizers, about ten times slower. "
+                        "(gigatoken does not do %s: %s)",
+                        name,
+                        error,
+                    )
+                    return None
+        log.info("Encoding with Hugging Face's tokenizers, about ten times slower. (%s)", reason)
+        return None
+
+    def slow(self) -> Summary:
+        """Index with the original tokenizer."""
+        tokenizer = Tokenizer.from_pretrained(self.tokenizer_dir)
+        original = Original(lambda: tokenizer, append_eod=self.append_eod, apart=False)
+        with original, _without_threads():
+            return self._index(OriginalIds(tokenizer), original)
+
+    def _index(self, encoder: BatchEncoder, original: Original) -> Summary:
+        facts = original.facts()
+        if isinstance(encoder, FastIds):
+            original.check(sample_ids(encoder, hard_texts(encoder.added_tokens)))
+        original.begin_fingerprint()
+        encode = BlockEncoder(encoder, field=self.field, facts=facts)
+        with (
+            Encoders(encode, processes=self.processes) as encoders,
+            IndexWriter(
+                self.output_prefix, vocab_size=facts.vocab_size, overwrite=self.overwrite
+            ) as writer,
+        ):
+            total = _Totals(documents=[0] * len(self.inputs))
+            try:
+                for part in encoders(read_blocks(self.inputs, field=self.field)):
+                    if part.samples is not None:
+                        original.check(part.samples)
+                    if part.left is not None:
+                        part = original.completed(part, facts)
                     writer.add(part.tokens, part.lengths, lineage=part.lineage)
-                    documents[part.source] += len(part.lengths)
-                    text_bytes += part.text_bytes
-                    empty += part.empty
-                    repaired += part.repaired
-                    used_bytes += part.progress_bytes
+                    total.add(part)
                     self._report(part.progress_bytes)
+                fingerprint = original.fingerprint()
             except NotEqual:
-                self._report(-used_bytes)
+                self._report(-total.used_bytes)
                 raise
-            finally:
-                encoded.close()
-            if not any(documents):
-                raise DataError(
-                    f"{', '.join(map(str, self.inputs))}: no documents ({empty} empty ones). Give "
-                    f"an input whose field {self.field!r} holds text."
-                )
-            sidecar = writer.finish(
-                tokenizer_fingerprint=self.tokenizer.fingerprint(),
-                tokenizer_name=self.tokenizer.name,
-                eod_id=self.eod_id,
-                text_bytes=text_bytes,
-                sources=[
-                    SourceFile(name=Path(path).name, documents=count)
-                    for path, count in zip(self.inputs, documents, strict=True)
-                ],
+            return self._finish(writer, total, facts, fingerprint)
+
+    def _finish(
+        self, writer: IndexWriter, total: "_Totals", facts: Facts, fingerprint: str
+    ) -> Summary:
+        if not any(total.documents):
+            raise DataError(
+                f"{', '.join(map(str, self.inputs))}: no documents ({total.empty} empty ones). "
+                f"Give an input whose field {self.field!r} holds text."
             )
-        seconds = time.monotonic() - started
-        return Summary(sidecar=sidecar, empty=empty, repaired=repaired, seconds=seconds)
+        sidecar = writer.finish(
+            tokenizer_fingerprint=fingerprint,
+            tokenizer_name=facts.name,
+            eod_id=facts.eod_id,
+            text_bytes=total.text_bytes,
+            sources=[
+                SourceFile(name=Path(path).name, documents=count)
+                for path, count in zip(self.inputs, total.documents, strict=True)
+            ],
+        )
+        return Summary(sidecar=sidecar, empty=total.empty, repaired=total.repaired, seconds=0.0)
 
     def _report(self, used_bytes: int) -> None:
         if self.report is not None:
             self.report(used_bytes)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Totals:
+    """Of what was written."""
+
+    documents: list[int]
+    """Of each input."""
+    text_bytes: int = 0
+    empty: int = 0
+    repaired: int = 0
+    used_bytes: int = 0
+
+    def add(self, part: Encoded) -> None:
+        self.documents[part.source] += len(part.lengths)
+        self.text_bytes += int(np.asarray(part.lineage.column("text_bytes")).sum())
+        self.empty += part.empty
+        self.repaired += part.repaired
+        self.used_bytes += part.progress_bytes
+
+
+def _open_fast(directory: str | Path, original: Original) -> FastIds:
+    """Open the fast encoder on ``tokenizer.json`` itself, before the original is open, if it can.
+
+    Raises:
+        ImportError: If the package is not installed.
+        NotEqual: If it cannot do this tokenizer.
+    """
+    name = Path(directory).resolve().name
+    definition = read_definition(directory)
+    if definition is not None:
+        return FastIds(definition, name=name)
+    return FastIds(original.definition(), name=name)
+
+
+@contextlib.contextmanager
+def _without_threads() -> Iterator[None]:
+    """Keep Hugging Face's library from starting threads, which copies of a process would lack."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _check_output(prefix: str | Path, inputs: Sequence[str | Path]) -> None:

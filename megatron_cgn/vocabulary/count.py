@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_cgn.corpus.pool import map_in_order
 from megatron_cgn.data.documents import Block, parse_block
+from megatron_cgn.data.pool import map_in_order
 from megatron_cgn.data.readers import check_inputs, read_blocks
 from megatron_cgn.errors import DataError
 from tokenizer.splitters import ByteLevelSplitter, NotEqual

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import threading
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from megatron_cgn.data import encode, preprocess
-from megatron_cgn.data.encode import choose
 from megatron_cgn.data.index_writer import ALL_SUFFIXES
 from tests.unit.data_samples import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizer import fast
-from tokenizer.fast import FastEncoder, NotEqual
+from tokenizer.fast import FastEncoder, FastIds, NotEqual
 from tokenizer.hard_texts import hard_texts
 from tokenizer.wrapper import Tokenizer
 
@@ -79,7 +77,7 @@ def tokenizer(directory: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: Tokenizer) -> FastEncoder:
-    return FastEncoder(tokenizer, threads=1)
+    return FastEncoder(tokenizer)
 
 
 def encode_fast(encoder: FastEncoder, texts: list[str]) -> list[list[int]]:
@@ -137,14 +135,14 @@ def test_characters_known_from_different_versions_are_left_to_the_original(
     encoder: FastEncoder, tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bytes] = []
-    original = encoder._encode_whole
+    original = encoder._ids._encode_whole
 
     def watch(utf8: Any) -> Any:
         seen.extend(utf8)
         return original(utf8)
 
-    monkeypatch.setattr(encoder, "_encode_whole", watch)
-    monkeypatch.setattr(encoder, "_segments", None)
+    monkeypatch.setattr(encoder._ids, "_encode_whole", watch)
+    monkeypatch.setattr(encoder._ids, "_segments", None)
     texts = ["before", text, "核电", text * 2, "after"]
     assert encode_fast(encoder, texts) == tokenizer.encode_batch(texts)
     assert seen == [b"before", b"", "核电".encode(), b"", b"after"]
@@ -220,13 +218,13 @@ def test_what_the_package_passes_over_is_refused(tmp_path: Path, reason: str) ->
     directory = trained(tmp_path / "t", pattern=LLAMA3, nfc=False, ignore_merges=True)
     edit, message = REFUSED[reason]
     with pytest.raises(NotEqual, match=message):
-        FastEncoder(change(directory, tmp_path / "changed", edit), threads=1)
+        FastEncoder(change(directory, tmp_path / "changed", edit))
 
 
 def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
     pieces = Tokenizer.from_pretrained(sentencepiece_tokenizer(tmp_path / "pieces"))
     with pytest.raises(NotEqual, match="byte-level BPE alone"):
-        FastEncoder(pieces, threads=1)
+        FastEncoder(pieces)
 
 
 def test_a_difference_is_found_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,37 +233,26 @@ def test_a_difference_is_found_before_use(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(fast, "_check_splitting", lambda component, within_sequence: None)
     edit, _ = REFUSED["digits"]
     with pytest.raises(NotEqual, match="it gives other ids for"):
-        FastEncoder(change(directory, tmp_path / "changed", edit), threads=1)
+        FastEncoder(change(directory, tmp_path / "changed", edit))
 
 
-def test_the_cache_is_emptied_under_the_feet_of_nobody(
+def test_the_cache_is_emptied_when_it_has_grown(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room for nothing it is emptied at every call, while other threads encode."""
+    """With room for nothing it is emptied at every call."""
+    encoder = FastEncoder(tokenizer)
     monkeypatch.setattr(fast, "_CACHE_BYTES", -(1 << 40))
-    encoder = FastEncoder(tokenizer, threads=3)
     opened = 0
-    original = encoder._open
+    original = FastIds._open
 
-    def count() -> None:
+    def count(self: FastIds) -> None:
         nonlocal opened
-        assert encoder._active == 0
         opened += 1
-        original()
+        original(self)
 
-    monkeypatch.setattr(encoder, "_open", count)
-    results: list[list[list[int]]] = []
-    threads = [
-        threading.Thread(target=lambda: results.extend(encode_fast(encoder, [t]) for t in TEXTS))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert opened == len(results) == 3 * len(TEXTS)
-    expected = sorted([ids] for ids in tokenizer.encode_batch(TEXTS)) * 3
-    assert sorted(results) == sorted(expected)
+    monkeypatch.setattr(FastIds, "_open", count)
+    assert encode_fast(encoder, TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert opened > 0
 
 
 def write_corpus(path: Path, *, documents: int) -> Path:
@@ -286,6 +273,7 @@ def test_the_index_equals_the_originals(
 ) -> None:
     caplog.set_level("INFO")
     source = write_corpus(tmp_path / "c.jsonl", documents=700)
+    monkeypatch.setattr(preprocess, "_SMALL_BYTES", 0)
     by_fast = index(source, directory, tmp_path / "fast", workers=3)
     assert not caplog.messages
     monkeypatch.setitem(sys.modules, "gigatoken", None)
@@ -302,13 +290,14 @@ def test_a_difference_found_in_the_middle_starts_the_run_again(
     monkeypatch.setattr("megatron_cgn.data.readers.BLOCK_BYTES", 5000)
     source = write_corpus(tmp_path / "c.jsonl", documents=700)
     right = index(source, directory, tmp_path / "right")
-    original = FastEncoder._encode
+    monkeypatch.setattr(preprocess, "_SMALL_BYTES", 0)
+    original = FastIds.encode
 
-    def wrong(self: FastEncoder, texts: Any, utf8: Any) -> Any:
+    def wrong(self: FastIds, texts: Any, utf8: Any) -> Any:
         ids, lengths = original(self, texts, utf8)
         return (ids + 1 if any(b"690 " in text for text in utf8) else ids), lengths
 
-    monkeypatch.setattr(FastEncoder, "_encode", wrong)
+    monkeypatch.setattr(FastIds, "encode", wrong)
     monkeypatch.setattr(encode, "_samples", lambda texts, first: list(texts))
     reported: list[int] = []
     options: dict[str, Any] = {"workers": workers, "report": reported.append}
@@ -330,13 +319,17 @@ def test_samples_are_of_every_block_and_bounded() -> None:
 
 
 @pytest.mark.skipif(not DEMO.is_dir(), reason="make demo-model writes it")
-def test_the_demo_tokenizer_is_left_to_the_original(caplog: Any) -> None:
+def test_the_demo_tokenizer_is_left_to_the_original(
+    tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr(preprocess, "_SMALL_BYTES", 0)
     tokenizer = Tokenizer.from_pretrained(DEMO)
-    encoder = choose(tokenizer, threads=1)
-    assert not isinstance(encoder, FastEncoder)
-    (message,) = caplog.messages
-    assert "the pre-tokenizer is a Digits" in message
-    ids, lengths = encoder.encode(TEXTS, [text.encode() for text in TEXTS])
-    assert ids.tolist() == [i for text in TEXTS for i in tokenizer.encode(text)]
-    assert lengths.sum() == len(ids)
+    source = tmp_path / "c.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    alone = index(source, DEMO, tmp_path / "alone")
+    assert index(source, DEMO, tmp_path / "shared", workers=2) == alone
+    assert len(caplog.messages) == 2
+    assert all("the pre-tokenizer is a Digits" in message for message in caplog.messages)
+    ids = [[*tokenizer.encode(text), tokenizer.eod_id] for text in TEXTS]
+    assert alone[".bin"] == np.concatenate(ids).astype("<u2").tobytes()

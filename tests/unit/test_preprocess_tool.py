@@ -15,7 +15,7 @@ import pytest
 
 from megatron_cgn.data.index_writer import ALL_SUFFIXES
 from megatron_cgn.data.indexed import check_index, map_tokens
-from megatron_cgn.data.pool import map_in_order
+from megatron_cgn.data.pool import Pool
 from megatron_cgn.data.preprocess import preprocess
 from megatron_cgn.errors import DataError
 from tests.unit.data_samples import TEXTS, byte_level_tokenizer
@@ -234,6 +234,10 @@ def test_workers_that_are_no_number_are_explained(tmp_path: Path) -> None:
         assert f"{value}: must be a whole number of at least 1" in result.stderr
 
 
+def _negative(number: int) -> int:
+    return -number
+
+
 def test_few_large_blocks_are_under_way() -> None:
     """Reading stops at a number of bytes, not at a number of blocks alone."""
 
@@ -246,18 +250,13 @@ def test_few_large_blocks_are_under_way() -> None:
                 most = max(most, i - taken)  # those before this one whose results are not taken
                 yield i
 
-        results = map_in_order(
-            lambda i: -i,
-            items(),
-            workers=4,
-            size_of=lambda i: size,
-            items_ahead=12,
-            bytes_ahead=16 << 20,
-        )
         found = []
-        for result in results:
-            found.append(result)
-            taken += 1
+        with Pool(lambda: _negative, processes=2, start="fork") as pool:
+            for result in pool.map(
+                items(), tasks_ahead=12, size_of=lambda i: size, bytes_ahead=16 << 20
+            ):
+                found.append(result)
+                taken += 1
         assert found == [-i for i in range(40)]
         return most
 
@@ -266,17 +265,59 @@ def test_few_large_blocks_are_under_way() -> None:
     assert most_under_way(64 << 20) == 1
 
 
-def test_a_fault_in_a_thread_ends_the_stream() -> None:
+@pytest.mark.parametrize("processes", [0, 3])
+def test_a_fault_in_a_process_ends_the_stream(processes: int) -> None:
     def fail(i: int) -> int:
         if i == 7:
             raise DataError("seven")
         return i
 
-    results = map_in_order(
-        fail, range(100), workers=3, size_of=lambda i: 1, items_ahead=9, bytes_ahead=100
-    )
     found = []
-    with pytest.raises(DataError, match="seven"):
-        for result in results:
+    with (
+        pytest.raises(DataError, match="seven"),
+        Pool(lambda: fail, processes=processes, start="fork") as pool,
+    ):
+        for result in pool.map(range(100), tasks_ahead=9):
             found.append(result)
     assert found == list(range(7))
+
+
+def test_large_tasks_and_results_do_not_wait_for_each_other() -> None:
+    """Both are more than a pipe holds."""
+    texts = [f"{i}" * 200_000 for i in range(20)]
+    with Pool(lambda: str.upper, processes=2, start="fork") as pool:
+        assert list(pool.map(texts, tasks_ahead=8)) == texts
+
+
+def test_a_spent_process_is_replaced() -> None:
+    class Once:
+        def __call__(self, number: int) -> tuple[int, int]:
+            return number, os.getpid()
+
+        def spent(self) -> bool:
+            return True
+
+    with Pool(Once, processes=2, start="fork") as pool:
+        results = list(pool.map(range(12), tasks_ahead=6))
+    assert [number for number, _ in results] == list(range(12))
+    assert len({process for _, process in results}) >= 6  # each may have held one more already
+
+
+def test_a_killed_process_is_told_and_nothing_hangs() -> None:
+    def work(number: int) -> int:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    pool = Pool(lambda: work, processes=2, start="fork", describe=lambda i: f"task {i}")
+    with pytest.raises(DataError, match="a worker process was killed.*task 5") as caught, pool:
+        list(pool.map(range(100), tasks_ahead=6))
+    assert "Run the same command again with fewer --workers." in str(caught.value)
+
+
+def test_what_cannot_be_sent_is_told() -> None:
+    with (
+        pytest.raises(RuntimeError, match="cannot be sent"),
+        Pool(lambda: lambda number: lambda: number, processes=1, start="fork") as pool,
+    ):
+        list(pool.map([1], tasks_ahead=1))
