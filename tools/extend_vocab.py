@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -38,13 +38,16 @@ _FILES = {
 }
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the command line.
+
+    Args:
+        words: Its words; None for those of this process.
 
     Returns:
         0; 2 after a fault that the user can mend; 1 if a proof failed; 130 if interrupted.
     """
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     logging.basicConfig(format="extend_vocab: %(message)s")
     logging.getLogger("megatron_cgn").setLevel(logging.INFO)
     quiet_dependencies()

@@ -14,7 +14,7 @@ from megatron_cgn.vocabulary.checks import Plan
 from megatron_cgn.vocabulary.console import Console
 from megatron_cgn.vocabulary.held_out import HeldOut
 from megatron_cgn.vocabulary.proof import Proof
-# from megatron_cgn.vocabulary.proof_model import prove_model
+from megatron_cgn.vocabulary.proof_model import prove_model
 from megatron_cgn.vocabulary.proof_tokenizer import prove_tokenizer
 from megatron_cgn.vocabulary.settings import Settings
 from megatron_cgn.vocabulary.texts import Texts
@@ -92,7 +92,7 @@ def make(
             tensor_parallel=settings.tensor_parallel,
             progress=advance,
         )
-    #     proofs += prove_model(settings.model, target, taken, texts=domain)
+    proofs += prove_model(settings.model, target, taken, texts=domain)
     return Made(extension=taken, resize=summary, proofs=tuple(proofs))
 
 

@@ -173,17 +173,17 @@ def _prove_transformers(old: Path, new: Path, sample: _Sample, *, added: Sequenc
     try:
         was, now = _open_in_transformers(old), _open_in_transformers(new)
     except Exception as error:  # it lets through whatever its converters raise
-        return Proof(name="transformers", ok=False, text=f"does not open it: {error}")
+        return Proof(name="fast tokenizer", ok=False, text=f"transformers does not open it: {error}")
     backend = getattr(now, "backend_tokenizer", None)
     if backend is None:
-        return Proof(name="transformers", ok=False, text=f"{type(now).__name__} is not fast")
+        return Proof(name="fast tokenizer", ok=False, text=f"{type(now).__name__} is not fast")
     wrong = [text for text in ("", *added) if was(text)["input_ids"] != now(text)["input_ids"]]
     backend.encode_special_tokens = True  # from here on text is text, as in `Tokenizer`
     made = backend.encode_batch_fast(sample.texts, add_special_tokens=False)
     for (text, _, after), encoding in zip(sample, made, strict=True):
         wrong += [text] if encoding.ids != after else []
-    good = f"its {type(now).__name__} gives the same ids for {len(made):,} texts"
-    return judge("transformers", wrong, good=good, bad="gives other ids")
+    good = f"{type(now).__name__} of transformers gives the same ids for {len(made):,} texts"
+    return judge("fast tokenizer", wrong, good=good, bad="gives other ids")
 
 
 def _prove_fast_encoder(old: Tokenizer, new: Tokenizer, sample: _Sample) -> Proof:
