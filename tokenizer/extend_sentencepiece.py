@@ -175,7 +175,7 @@ class SentencePieceExtender:
             first=first,
             refused=refused,
         )
-        found = _in_order(symbols, merges, wanted=new, num_first=len(first))
+        found = _in_order(symbols, merges, wanted=new if joined else set(), num_first=len(first))
         if not joined:
             terms = self._whole_terms(made, new, words)
             found = chain(terms, (token for token in found if token.token not in new))

@@ -29,8 +29,8 @@ class Character:
     frequency: int
     spread: int
     saved: int
-    """Tokens that it saves in the corpus; of those that save none, because the old vocabulary has
-    one token for all that it lacks, the frequency, because the text is lost without them."""
+    """Tokens that it saves in the corpus. Its frequency, if it saves none because it is one byte or
+    one unknown token: without it, nothing with it can be a piece."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
