@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from checkpoint_runs import BEFORE, FIT, GLOBAL_BATCH, LENGTH, VOCABULARY, Layout, build
-from extension_samples import extension, tokenizer_of
+from resize_samples import extension, tokenizer_of
 
 from megatron_cgn.batch import TokenBatch
 from megatron_cgn.engine.engine import Engine

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_runs import VOCABULARY, Layout, layout, read_tensors, unequal
-from extension_samples import tokenizer_of
 from resize_runs import EXTENSION, PIECES, Job, run_jobs
+from resize_samples import tokenizer_of
 from torch import Tensor
 
 from megatron_cgn.hf.resize import resize_hf

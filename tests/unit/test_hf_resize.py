@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from extension_samples import PIECES, extension, tokenizer_of
 from hf_samples import read_tensors, write_sample
+from resize_samples import PIECES, extension, tokenizer_of
 from safetensors.torch import load_file, save_file
 
 from megatron_cgn.errors import DataError, ModelError

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from extension_samples import extension, tokenizer_of
 from hf_samples import assert_same_bytes, read_tensors, write_sample
+from resize_samples import extension, tokenizer_of
 
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf import to_megatron
