@@ -95,10 +95,8 @@ def resize_checkpoint(
     config, architecture = read_config_json(hf), read_architecture(hf)
     tied = architecture.tie_word_embeddings
     reader = DistReader(source / DIST_DIRECTORY)
-    sides: dict[str, Side] = (
-        {_EMBEDDING: "both"} if tied else {_EMBEDDING: "input", _HEAD: "output"}
-    )
-    matrices = _find(reader, sides, vocab_size=architecture.vocab_size)
+    sides: dict[str, Side] = {_EMBEDDING: "both" if tied else "input", _HEAD: "output"}
+    matrices = _find(reader, tied=tied, vocab_size=architecture.vocab_size)
     _check_files(source, info, matrices)
     rows = plan_rows(
         extension,
@@ -161,18 +159,33 @@ def _read(source: Path) -> CheckpointInfo:
     return read_info(source)
 
 
-def _find(reader: DistReader, sides: dict[str, Side], *, vocab_size: int) -> list[_Matrix]:
+def vocabulary_keys(reader: DistReader, *, tied: bool) -> dict[str, list[str]]:
+    """What is stored of each matrix of the vocabulary.
+
+    Args:
+        reader: A ``torch_dist`` directory.
+        tied: Whether the output layer is the embedding.
+
+    Returns:
+        By the key of the weights: that key, and those of the optimizer's state of them.
+    """
+    return {
+        key: [key, *(k for k in reader.tensors if k.startswith(_STATE) and k.endswith(f".{key}"))]
+        for key in ((_EMBEDDING,) if tied else (_EMBEDDING, _HEAD))
+    }
+
+
+def _find(reader: DistReader, *, tied: bool, vocab_size: int) -> list[_Matrix]:
     """Open the matrices and check that the checkpoint is of its own configuration."""
     result = []
-    for key in sides:
-        states = [k for k in reader.tensors if k.startswith(_STATE) and k.endswith(f".{key}")]
+    for key, keys in vocabulary_keys(reader, tied=tied).items():
         if key not in reader.tensors:
             raise CheckpointError(
                 f"{reader.directory}: tensor {key!r} is missing; the checkpoint is not of the "
                 "model that its config.json describes"
             )
-        reader.check_files([key, *states])
-        stored = tuple(StoredMatrix(reader, name) for name in (key, *states))
+        reader.check_files(keys)
+        stored = tuple(StoredMatrix(reader, name) for name in keys)
         for matrix in stored:
             if matrix.num_rows < vocab_size:
                 raise CheckpointError(
