@@ -83,7 +83,7 @@ def empty_optimizer_state(
         if with_master and (owned or not slot.has_master):
             names.append(MASTER)
         for name in names:
-            data = torch.empty(slot.model_param.shape, dtype=torch.float32)
+            data = torch.zeros(slot.model_param.shape, dtype=torch.float32)
             template = sharded_params[id(slot.model_param)]
             result[f"{index}.{name}"] = _like(template, name, data, writes=False)
     return result
@@ -106,7 +106,7 @@ def empty_master_weights(slots: Sequence[Slot], model_state: ShardedStateDict) -
         f"{index}.{MASTER}": _like(
             sharded_params[id(slot.model_param)],
             None,
-            torch.empty(slot.model_param.shape, dtype=torch.float32),
+            torch.zeros(slot.model_param.shape, dtype=torch.float32),
             writes=False,
         )
         for index, slot in enumerate(slots)
