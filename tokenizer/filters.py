@@ -5,7 +5,7 @@ Knows texts only, not how a vocabulary spells them. Terms of the user are not ju
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,30 +25,31 @@ PUNCTUATION = "has punctuation"
 MIXED = "mixes scripts"
 PARTICLE = "begins or ends with a particle"
 
-_HAN_CLASS = "Han"
-_LETTERS_WITH = "-·'’"
+_HAN = "Han"
+_JOINERS = frozenset("-·'’")
 """Marks that may join letters or digits inside a word, as in U-235."""
+_MOST_MARKS = 3
 
-# Grammar rather than subject: a Chinese token that begins or ends with one is a cut through a
-# phrase (「的反应」), whatever its frequency. Words that do so by nature are excepted below.
-_PARTICLES = frozenset(
-    "的了着是在和与及或等把被将从向对于以而且但也都就还又很其这那此该之所吗呢吧啊们"
+# Chinese is written without spaces, so frequent cuts through phrases look like words. What leans on
+# the word before it begins none (的反应), what leans on the word after it ends none (系统在).
+# Excepted are the words that do so by nature.
+_LEANS_BACK = frozenset("的了着们吗呢吧啊等之")
+_BEGINS = re.compile(
+    "的确|了解|了然|着火|着色|着陆|着手|着重|着力|着眼|等级|等效|等于|等待|等离子|等同|等价|等温|等压"
+    "|等值|等分|等候|等号|等比|之间|之前|之后|之一|之内|之外|之下|之上|之类|之际|之所以"
 )
-_WORDS_WITH_PARTICLES = re.compile(
-    "(?:目的|标的|的确|对于|关于|由于|基于|位于|用于|大于|小于|等于|高于|低于|属于|处于|适用于"
-    "|为了|除了|了解|随着|意味着|着火|着色|但是|还是|就是|于是|或是|是否|存在|在线|在役|现在|正在"
-    "|所在|和谐|饱和|缓和|中和|总和|参与|与否|普及|涉及|以及|及时|及其|或者|等级|等效|等离子体?"
-    "|高等|中等|相等|平等|均等|把手|把握|被动|被覆|将来|即将|从而|从事|从动|向量|方向|轴向|径向"
-    "|横向|纵向|双向|单向|反向|正向|定向|导向|流向|转向|倾向|趋向|面向|对象|对流|对比|对应|对称"
-    "|对接|对话|对齐|相对|绝对|应对|针对|核对|校对|以上|以下|以内|以外|以前|以后|以太网?|可以|所以"
-    "|足以|难以|予以|加以|而且|然而|因而|进而|反而|并且|也许|首都|就地|就位|就绪|成就|还原|归还"
-    "|返还|极其|尤其|其他|其它|其中|其次|其余|这些|这个|这样|那么|那些|因此|彼此|从此|如此|此外"
-    "|此时|应该|之间|之前|之后|总之|所有|所以|所需|场所|研究所|厕所|我们|他们|它们|你们|人们)"
+_LEANS_FORWARD = frozenset("在和与及或把被将从向对以而且但也都就还又很其这那该所并")
+_ENDS = re.compile(
+    "(?:[存现正所内外潜]在|[饱缓中总温柔共]和|参与|[以普涉波触]及|即将|[方轴径横纵双单反正定导流转倾趋面"
+    "走朝取]向|[相绝针核校比应面配成不]对|[可足难予加所用得给]以|[然因从进反]而|[而并]且|首都|成就|造就"
+    "|[归返偿]还|[极尤与]其|[场处厕]所|研究所|应该|[合一归]并)$"
 )
 
 _MARKUP = re.compile(
-    r"https?|www\.|://|\.(?:com|org|net|cn|gov|edu|html?|php|aspx?)\b|&[a-z]{2,6};?|</?[a-z]"
-    r"|^ ?(?:nbsp|quot|[lr][sd]quo|[mn]dash|hellip|ensp|emsp|colspan|rowspan|href|tbody|thead)$"
+    r"https?|www\.|://|\.(?:com|org|net|cn|gov|edu|html?|php|aspx?)\b|&#?[a-z]{2,6};?|</?[a-z]"
+    r"|\\|^(?:nbsp|quot|[lr][sd]quo|[mn]dash|hellip|ensp|emsp|colspan|rowspan|href|tbody|thead)$"
+    r"|^\.(?-i:[A-Z][A-Za-z])$",  # the last are requests of man pages, whose fonts are \fB
+    re.I,
 )
 _HEXADECIMAL = re.compile(r" ?(?:0x)?(?=[0-9a-f]*[0-9])(?=[0-9a-f]*[a-f])[0-9a-f]{4,}$", re.I)
 _RUN = re.compile(r"(.)\1\1|^ ?(.{1,3})\2{2,}$", re.S)
@@ -58,7 +59,7 @@ _RUN = re.compile(r"(.)\1\1|^ ?(.{1,3})\2{2,}$", re.S)
 class Rules:
     """What is asked of a token of the corpus."""
 
-    min_frequency: int = 10
+    min_frequency: int = 5
     """Least number of times it is met when it is made."""
     min_spread: int = 3
     """Least number of documents, about, that it is in; more than 260 cannot be told apart."""
@@ -66,7 +67,10 @@ class Rules:
     """Most characters, a space in front not counted."""
     max_han_characters: int = 8
     """Most characters of a token with ideographs."""
-    particles: bool = False
+    marks: bool = True
+    """Whether a token may be a word with one punctuation mark in front (，如果), or a few marks of
+    punctuation (」，). The pre-tokenisers of most vocabularies join these."""
+    particles: bool = True
     """Whether Chinese tokens may begin or end with a particle (的反应)."""
     deny: frozenset[str] = frozenset()
     """Texts that shall be no tokens, with or without a space in front."""
@@ -146,45 +150,63 @@ class Judge:
             return SPACE
         if body in self._rules.deny or any(p.search(text) for p in self._denied):
             return DENIED
-        return self._length(body) or _content(body, particles=self._rules.particles)
+        return self._length(body) or self._content(body)
+
+    def _content(self, body: str) -> str | None:
+        categories = [unicodedata.category(character) for character in body]
+        kinds = [category[0] for category in categories]
+        if "C" in kinds or "\ufffd" in body:
+            return CONTROL
+        if len(body) == 1:
+            return RULING if _is_ruling(body) else None
+        if "Z" in kinds:
+            return SPACE
+        if _RUN.search(body) or any(map(_is_ruling, body)):
+            return RULING
+        if _MARKUP.search(body):
+            return MARKUP
+        particles = self._rules.particles
+        if not self._rules.marks or kinds[0] != "P":
+            return _as_word(body, kinds, particles=particles)
+        if len(body) <= _MOST_MARKS and all(map(_is_mark_of_prose, body)):
+            return None
+        return _as_word(body[1:], kinds[1:], particles=particles)
 
     def _length(self, body: str) -> str | None:
-        has_han = any(_script(character) == _HAN_CLASS for character in body)
+        has_han = any(_script(character) == _HAN for character in body)
         limit = self._rules.max_han_characters if has_han else self._rules.max_characters
         return TOO_LONG if len(body) > limit else None
 
 
-def _content(body: str, *, particles: bool) -> str | None:
-    kinds = [unicodedata.category(character) for character in body]
-    if any(kind[0] == "C" for kind in kinds) or "\ufffd" in body:
-        return CONTROL
-    if len(body) == 1:
-        return RULING if _is_ruling(body) else None
-    if _RUN.search(body) or any(map(_is_ruling, body)):
-        return RULING
-    if _MARKUP.search(body.lower()):
-        return MARKUP
-    if not any(kind[0] in "LM" for kind in kinds):
-        return NUMBER if any(kind[0] == "N" for kind in kinds) else PUNCTUATION
+def _as_word(body: str, kinds: Sequence[str], *, particles: bool) -> str | None:
+    """Judge a text as a word, or a part of one."""
+    if not any(kind in "LM" for kind in kinds):
+        return NUMBER if "N" in kinds else PUNCTUATION
     if _HEXADECIMAL.match(body):
         return NUMBER
-    if kinds[0][0] not in "LN" or kinds[-1][0] not in "LMN":
+    if kinds[0] not in "LN" or kinds[-1] not in "LMN":
         return PUNCTUATION
-    inner = zip(body, kinds, strict=True)
-    if any(kind[0] not in "LMN" and character not in _LETTERS_WITH for character, kind in inner):
-        return PUNCTUATION
+    for character, kind in zip(body, kinds, strict=True):
+        if kind not in "LMN" and character not in _JOINERS:
+            return PUNCTUATION
     scripts = {script for character in body if (script := _script(character))}
     if len(scripts) > 1:
         return MIXED
-    return PARTICLE if not particles and scripts == {_HAN_CLASS} and _is_cut(body) else None
+    return PARTICLE if not particles and scripts == {_HAN} and _is_cut(body) else None
 
 
 def _is_cut(body: str) -> bool:
     """Whether Chinese begins or ends with a particle that is no part of a word there."""
-    first = body[0] in _PARTICLES and _WORDS_WITH_PARTICLES.match(body) is None
-    if first or body[-1] not in _PARTICLES:
-        return first
-    return not any(m.end() == len(body) for m in _WORDS_WITH_PARTICLES.finditer(body))
+    if body[0] in _LEANS_BACK and _BEGINS.match(body) is None:
+        return True
+    return body[-1] in _LEANS_FORWARD and _ENDS.search(body) is None
+
+
+def _is_mark_of_prose(character: str) -> bool:
+    """Whether it is a mark that sentences are set with, not only markup and code."""
+    if character.isascii():
+        return character in ".,;:!?()\"'"
+    return unicodedata.category(character)[0] == "P"
 
 
 def _is_ruling(character: str) -> bool:
@@ -198,7 +220,7 @@ def _script(character: str) -> str | None:
         return None
     name = unicodedata.name(character, "").split(" ", 1)[0].split("-", 1)[0]
     if name in ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA"):
-        return _HAN_CLASS
+        return _HAN
     # Δp and μm are words of physics.
     return "Latin" if name in ("LATIN", "GREEK", "MICRO", "OHM", "KELVIN", "ANGSTROM") else name
 
