@@ -4,20 +4,20 @@ Everything is made in a hidden directory beside the output and proven there; the
 whole, at the end, or not at all.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_cgn.data.lock import locked
 from megatron_cgn.errors import ConfigError, DataError, MegatronCGNError, UserError
 from megatron_cgn.hf.files import disk_fault, replace_directory
 from megatron_cgn.vocabulary.checks import Plan, check
 from megatron_cgn.vocabulary.console import Console
-from megatron_cgn.vocabulary.make import make
-from megatron_cgn.vocabulary.proof import Proof
+from megatron_cgn.vocabulary.make import Made, make
+from megatron_cgn.vocabulary.report import write_report
 from megatron_cgn.vocabulary.settings import Settings
 from megatron_cgn.vocabulary.texts import Texts, read_texts
 from megatron_cgn.vocabulary.worth import assess, table
@@ -71,7 +71,7 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
     num_tokens = settings.num_tokens
     if num_tokens is None:
         num_tokens = worth.recommendation.num_tokens
-    target, proofs = work / "output", tuple[Proof, ...]()
+    target, made = work / "output", None
     if settings.report_only:
         num_tokens = 0
         target.mkdir()
@@ -87,16 +87,24 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
             texts=texts,
             console=console,
         )
-        proofs = made.proofs
-        console.say("\n".join(map(str, proofs)))
-        if not all(proof.ok for proof in proofs):
+        console.say("\n".join(map(str, made.proofs)))
+        if not all(proof.ok for proof in made.proofs):
             raise ProofFailed(
                 f"{plan.output}: not written, because what was made failed the proofs above. This "
                 "is a fault of the tool: please report it with this output."
             )
-    (target / "report.json").write_text(json.dumps([str(p) for p in proofs]))  # TODO
+    write_report(target, worth.report | {"made": None if made is None else _facts(made)})
     replace_directory(target, plan.output)
     return Outcome(num_tokens=num_tokens, is_written=True)
+
+
+def _facts(made: Made) -> dict[str, Any]:
+    """What ``report.json`` says under ``made`` of what lies beside it."""
+    return {
+        "num_tokens": len(made.extension.new_tokens),
+        "model": made.resize and asdict(made.resize),
+        "proofs": [asdict(proof) for proof in made.proofs],
+    }
 
 
 def _extend(settings: Settings, plan: Plan, texts: Texts, console: Console) -> Extension:

@@ -48,7 +48,7 @@ class Settings:
     """Rows of a rank are a multiple of this."""
     tensor_parallel: int = 1
     """Ranks that shall share the rows."""
-    planned_training_mb: float | None = None
+    planned_training_mb: int | None = None
     """MB of text that the model shall be trained on, for what the extension is worth."""
     overwrite: bool = False
     """Whether an output of this tool may be replaced."""

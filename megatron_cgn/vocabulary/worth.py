@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_cgn.errors import ModelError
 from megatron_cgn.hf.config import read_architecture
@@ -10,6 +11,7 @@ from megatron_cgn.vocabulary.checks import Plan
 from megatron_cgn.vocabulary.console import Console
 from megatron_cgn.vocabulary.cost import ModelCost, TrainingShape, model_cost
 from megatron_cgn.vocabulary.recommend import Policy, Recommendation, candidates, recommend
+from megatron_cgn.vocabulary.report import report_content
 from megatron_cgn.vocabulary.settings import Settings
 from megatron_cgn.vocabulary.sweep import ALL, Sweep, TextFigures, sweep, usable_sizes
 from megatron_cgn.vocabulary.texts import Texts
@@ -22,9 +24,10 @@ class Worth:
 
     sweep: Sweep
     costs: list[ModelCost] | None
-    """One for each point; None without a model whose costs are known."""
-    policy: Policy
+    """One for each size; None without a model whose costs are known."""
     recommendation: Recommendation
+    report: dict[str, Any]
+    """All of it, as ``report.json`` has it."""
 
 
 def assess(
@@ -42,19 +45,12 @@ def assess(
     Returns:
         What was found.
     """
-    sizes = [*settings.sizes, settings.num_tokens or 0]
-    count = len(usable_sizes(extension, sizes))
-    with console.bar("measuring", total=count, unit=" sizes") as advance:
-        found = sweep(
-            plan.extender,
-            extension=extension,
-            domain=texts.domain,
-            general=texts.general,
-            words=texts.words,
-            sizes=sizes,
-            progress=lambda _, __: advance(1),
-        )
+    found = _sweep(settings, plan, extension, texts, console)
     architecture = _architecture(plan)
+    shape = TrainingShape(
+        tensor_model_parallel_size=settings.tensor_parallel,
+        make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by,
+    )
     costs = (
         None
         if architecture is None
@@ -63,26 +59,48 @@ def assess(
                 architecture,
                 num_tokens=point.num_tokens,
                 old_vocab_size=extension.old_vocab_size,
-                shape=TrainingShape(
-                    tensor_model_parallel_size=settings.tensor_parallel,
-                    make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by,
-                ),
+                shape=shape,
             )
             for point in found.points
         ]
     )
     planned = settings.planned_training_mb
-    policy = Policy(planned_bytes=None if planned is None else int(planned * 1e6))
-    return Worth(
-        sweep=found,
-        costs=costs,
+    policy = Policy(planned_bytes=None if planned is None else planned * 10**6)
+    recommendation = recommend(
+        candidates(found, extension=extension, costs=costs, policy=policy),
         policy=policy,
-        recommendation=recommend(
-            candidates(found, extension=extension, costs=costs, policy=policy),
-            policy=policy,
-            basis="training FLOPs" if costs else "tokens",
-        ),
+        basis="training FLOPs" if costs else "tokens",
     )
+    report = report_content(
+        plan.extender,
+        extension=extension,
+        sweep=found,
+        recommendation=recommendation,
+        policy=policy,
+        domain=texts.domain,
+        general=texts.general,
+        words=texts.words,
+        architecture=architecture,
+        shape=shape,
+    )
+    return Worth(sweep=found, costs=costs, recommendation=recommendation, report=report)
+
+
+def _sweep(
+    settings: Settings, plan: Plan, extension: Extension, texts: Texts, console: Console
+) -> Sweep:
+    sizes = [*settings.sizes, settings.num_tokens or 0]
+    count = len(usable_sizes(extension, sizes))
+    with console.bar("measuring", total=count, unit=" sizes") as advance:
+        return sweep(
+            plan.extender,
+            extension=extension,
+            domain=texts.domain,
+            general=texts.general,
+            words=texts.words,
+            sizes=sizes,
+            progress=lambda _, __: advance(1),
+        )
 
 
 def table(worth: Worth) -> str:
