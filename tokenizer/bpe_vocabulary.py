@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from megatron_cgn.errors import DataError
 from tokenizer.joined_pairs import byte_characters
+from tokenizer.word_encoder import WordEncoder
 
 Pair = tuple[int, int]
 
@@ -55,6 +56,7 @@ class ByteLevelVocabulary:
         Raises:
             DataError: If it has options under which merges cannot be continued.
         """
+        self._definition = definition
         self._model: Mapping[str, Any] = definition["model"]
         self.added: list[dict[str, Any]] = list(definition.get("added_tokens") or ())
         self._refuse_options(name)
@@ -67,7 +69,6 @@ class ByteLevelVocabulary:
             self.spellings[token_id] = bytes_of(text)
         for token in self.added:
             self.spellings[token["id"]] = token["content"].encode()
-        self._backend = encoder_of_words(self._model)
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -111,18 +112,16 @@ class ByteLevelVocabulary:
         """Encode words, each by itself.
 
         Args:
-            words: Pre-tokens, as text.
+            words: Pre-tokens as text, none empty.
 
         Returns:
             Ids of all words one after another, and where each word begins, ``[words + 1]``.
         """
-        parts: list[npt.NDArray[np.int32]] = []
-        lengths = np.zeros(len(words), dtype=np.int64)
-        for start, encoded in _encode_in_parts(self._backend, words):
-            lengths[start : start + len(encoded)] = [len(ids) for ids in encoded]
-            parts.append(np.array([i for ids in encoded for i in ids], dtype=np.int32))
-        starts = np.concatenate(([0], np.cumsum(lengths)))
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32), starts
+        return self._encoder.encode(words)
+
+    @cached_property
+    def _encoder(self) -> WordEncoder:
+        return WordEncoder(self._definition)
 
     def _refuse_options(self, name: str) -> None:
         faults = [
@@ -153,18 +152,11 @@ def encoder_of_words(model: Mapping[str, Any]) -> Backend:
 
 def encode_words(backend: Backend, words: Sequence[str]) -> Iterator[list[int]]:
     """Encode words by a tokenizer from `encoder_of_words`."""
-    for _, encoded in _encode_in_parts(backend, words):
-        yield from encoded
-
-
-def _encode_in_parts(
-    backend: Backend, words: Sequence[str]
-) -> Iterator[tuple[int, list[list[int]]]]:
-    """Few words at a time: an encoding takes a hundred times the memory of its ids."""
+    # Few words at a time: an encoding takes a hundred times the memory of its ids.
     for start in range(0, len(words), _WORDS_AT_ONCE):
         spelt = [spell(word.encode()) for word in words[start : start + _WORDS_AT_ONCE]]
-        encodings = backend.encode_batch_fast(spelt, add_special_tokens=False)
-        yield start, [encoding.ids for encoding in encodings]
+        for encoding in backend.encode_batch_fast(spelt, add_special_tokens=False):
+            yield encoding.ids
 
 
 def apply_merges(pieces: Sequence[int], merges: Mapping[Pair, int]) -> list[int]:
