@@ -27,6 +27,7 @@ from megatron_cgn.config.schema import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    ParamGroupConfig,
     Precision,
     RunConfig,
     TrainConfig,
@@ -54,6 +55,7 @@ class Layout:
     precision: Precision = "fp32"
     model: str = "llama"
     initial_loss_scale: float = 65536.0
+    groups: tuple[ParamGroupConfig, ...] = ()
 
     def of(self, **changes: Any) -> "Layout":
         """The same with changes."""
@@ -154,7 +156,11 @@ def build(model: Path, layout: Layout, *, random_weights: bool) -> Engine:
             micro_batch_size=1, global_batch_size=GLOBAL_BATCH, train_iters=BEFORE + AFTER
         ),
         optim=OptimConfig(
-            lr=3e-3, warmup_steps=2, initial_loss_scale=layout.initial_loss_scale, clip_grad=1.0
+            lr=3e-3,
+            warmup_steps=2,
+            initial_loss_scale=layout.initial_loss_scale,
+            clip_grad=1.0,
+            param_groups=layout.groups,
         ),
         checkpoint=CheckpointConfig(),
     )
