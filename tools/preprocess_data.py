@@ -14,6 +14,12 @@ run's stops nobody. Indexes are looked into, merged and split by
     python tools/preprocess_data.py merge --input data/a data/b --output-prefix data/both
     python tools/preprocess_data.py split --input data/domain \
         --output-prefix data/train data/valid --hold-out 0.01
+
+and made again with another tokenizer, such as an extended one, without the documents' files by
+
+    python tools/preprocess_data.py retokenize --input data/domain \
+        --old-tokenizer models/qwen3-8b --tokenizer models/qwen3-8b-nuclear \
+        --output-prefix data/domain-nuclear
 """
 
 import argparse
@@ -33,6 +39,7 @@ from megatron_cgn.data.indexed import Sidecar, check_index
 from megatron_cgn.data.preprocess import Summary, preprocess
 from megatron_cgn.data.readers import check_inputs
 from megatron_cgn.data.reindex import merge, split
+from megatron_cgn.data.retokenize import retokenize
 from megatron_cgn.errors import UserError
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt(3)
@@ -102,6 +109,22 @@ def _split(arguments: argparse.Namespace) -> None:
         _print_sizes(prefix, sidecar)
 
 
+def _retokenize(arguments: argparse.Namespace) -> None:
+    tokens = check_index(arguments.input).tokens
+    with _progress("retokenizing", total=tokens, unit=" tokens") as bar:
+        done = retokenize(
+            arguments.input,
+            old_tokenizer=arguments.old_tokenizer,
+            tokenizer=arguments.tokenizer,
+            output_prefix=arguments.output_prefix,
+            overwrite=arguments.overwrite,
+            report=bar.update,
+        )
+    _print_sizes(arguments.output_prefix, done.sidecar)
+    change = 100 * (done.sidecar.tokens / done.old_tokens - 1)
+    print(f"  tokens before    {done.old_tokens:>15,} ({change:+.1f} %)")
+
+
 def _info(arguments: argparse.Namespace) -> None:
     if arguments.sample and not arguments.tokenizer:
         arguments.parser.error("--sample needs --tokenizer, to turn ids into text")
@@ -163,6 +186,22 @@ def _split_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _retokenize_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Write the documents of an index with the ids of another tokenizer: each is turned back "
+        "into its text, which must give the old ids again, and encoded anew. Order and lineage "
+        "stay."
+    )
+    parser.add_argument("--input", required=True, metavar="P", help="index")
+    parser.add_argument(
+        "--old-tokenizer", required=True, metavar="DIR", help="the tokenizer that made it"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the other one")
+    parser.add_argument("--output-prefix", required=True, metavar="Q", help="output, no suffix")
+    _add_overwrite(parser)
+    return parser
+
+
 def _info_parser() -> argparse.ArgumentParser:
     parser = _parser("Say what an index holds.")
     parser.add_argument("--input", required=True, metavar="P", help="index")
@@ -190,6 +229,7 @@ _COMMANDS: dict[
     "index": (_index_parser, _index),
     "merge": (_merge_parser, _merge),
     "split": (_split_parser, _split),
+    "retokenize": (_retokenize_parser, _retokenize),
     "info": (_info_parser, _info),
 }
 

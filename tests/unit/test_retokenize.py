@@ -1,6 +1,9 @@
 """An index made again with another tokenizer is the one that its documents would have given."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from tokenizer.filters import Rules
 from tokenizer.words import WordCounter
 from tokenizer.wrapper import Tokenizer
 
+ROOT = Path(__file__).parents[2]
 TERMS = ("一回路压力", "15.5 MPa", "primary circuit")
 """The last two are cut by the pre-tokeniser, so that they become added tokens."""
 DOCUMENTS = (
@@ -216,6 +220,32 @@ def test_training_on_an_index_of_the_old_tokenizer_names_the_command(
     fingerprint = Tokenizer.from_pretrained(extended).fingerprint()
     with pytest.raises(DataError, match="made with another tokenizer.*retokenize"):
         check_index(tmp_path / "p", tokenizer_fingerprint=fingerprint)
+
+
+def test_command_line(tmp_path: Path, old: Path, extended: Path, corpus: Path) -> None:
+    preprocess([corpus], tokenizer_dir=old, output_prefix=tmp_path / "p")
+
+    def run(tokenizer: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [
+                *(sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "retokenize"),
+                *("--input", str(tmp_path / "p"), "--output-prefix", str(tmp_path / "q")),
+                *("--old-tokenizer", str(old), "--tokenizer", str(tokenizer)),
+            ],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+
+    done = run(extended)
+    assert (done.returncode, done.stderr) == (0, "")
+    before, after = (check_index(tmp_path / name).tokens for name in "pq")
+    change = f"{100 * (after / before - 1):+.1f} %"
+    assert f"tokens before    {before:>15,} ({change})" in done.stdout
+    refused = run(old)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("preprocess_data: ") and "Traceback" not in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", DOCUMENTS)
