@@ -91,7 +91,7 @@ class HanCuts:
         uncut[left_class[last]] = True
         uncut[:, right_class[first]] = True
         uncut &= ~free
-        self._uncut = uncut.ravel()
+        self._cut = ~uncut.ravel()
         self._row, self._column = np.zeros((2, 0x10000), dtype=np.int32)
         self._row[:], self._column[:] = left_class[0] * uncut.shape[1], right_class[0]
         self._row[alphabet] = left_class * uncut.shape[1]
@@ -106,9 +106,23 @@ class HanCuts:
         Returns:
             The unit before which each cut is, ascending, ``[cuts]``.
         """
+        return np.flatnonzero(self.bounds(units)[1:-1]) + 1
+
+    def bounds(self, units: Units) -> npt.NDArray[np.bool_]:
+        """Say before which units a text can be cut; at its two ends, it can.
+
+        Args:
+            units: The text in UTF-16, ``[n]``.
+
+        Returns:
+            For each unit, and for the end, ``[n + 1]``.
+        """
+        is_bound = np.ones(len(units) + 1, dtype=bool)
         cells = self._row.take(units[:-1])
         cells += self._column.take(units[1:])
-        return np.flatnonzero(~self._uncut.take(cells)) + 1
+        # "clip" only spares a copy: cells are always within the table.
+        self._cut.take(cells, out=is_bound[1:-1], mode="clip")
+        return is_bound
 
 
 def _is_like_llama3(definition: dict[str, Any]) -> bool:

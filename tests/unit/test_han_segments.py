@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import threading
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from tokenizer import han_segments
 from tokenizer.han_cuts import CannotCut, HanCuts, _unreachable
 from tokenizer.han_segments import Flat, HanSegments
 from tokenizer.joined_pairs import byte_characters
-from tokenizer.segment_table import SegmentTable, gather
+from tokenizer.segment_table import UNKNOWN, IdLists, SegmentTable
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -206,15 +205,13 @@ def encode(segments: HanSegments, texts: list[str]) -> list[list[int]]:
 def test_texts_in_pieces_have_the_ids_of_the_whole(kind: str, texts: list[str]) -> None:
     """In batches, with a table that grows from example to example and begins anew at times."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(han_segments, "_LEAST_ADDED", 1)
         patch.setattr(han_segments, "_MOST_PIECES", 60)
         patch.setattr(han_segments, "_BATCH", 12)
         assert encode(SEGMENTS[kind], texts) == ids_of(BACKENDS[kind], texts)
-    assert SEGMENTS[kind]._table.count <= 60
+    assert SEGMENTS[kind].num_pieces <= 60 + 30 * 12
 
 
-def test_pieces_come_from_the_table_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(han_segments, "_LEAST_ADDED", 1)
+def test_pieces_come_from_the_table_the_second_time() -> None:
     asked: list[bytes] = []
 
     def counted(utf8: Any) -> Flat:
@@ -230,53 +227,50 @@ def test_pieces_come_from_the_table_the_second_time(monkeypatch: pytest.MonkeyPa
     assert asked == [("𠀀" * 9).encode()]  # too long for the table
 
 
-def test_threads_share_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(han_segments, "_LEAST_ADDED", 1)
-    monkeypatch.setattr(han_segments, "_MOST_PIECES", 200)
-    backend = BACKENDS["llama3"]
-    segments = HanSegments(HanCuts(definition_of(backend)), slow_encoder(backend))
-    source = random.Random(1)
-    texts = ["".join(source.choices(HAN + OTHERS, k=40)) for _ in range(120)]
-    expected = ids_of(backend, texts)
-    results: list[bool] = []
-
-    def work(start: int) -> None:
-        for i in range(0, 120, 5):
-            chosen = slice((start + i) % 120, (start + i) % 120 + 5)
-            results.append(encode(segments, texts[chosen]) == expected[chosen])
-
-    threads = [threading.Thread(target=work, args=(30 * i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 96 and all(results)
-
-
-def test_the_table_is_a_dictionary() -> None:
+@pytest.mark.parametrize("words", [1, 2])
+def test_the_table_is_a_dictionary(words: int) -> None:
     """Against a dict, in steps, with keys that differ in one word alone."""
     source = np.random.default_rng(0)
-    table, truth = SegmentTable.empty(), dict[tuple[int, int], list[int]]()
+    table, truth = SegmentTable(words=words), dict[tuple[int, ...], int]()
     for step in range(12):
-        fresh = {
-            (int(a) + 1, int(b)) for a, b in source.integers(0, 40 + 30 * step, size=(150, 2))
-        } - truth.keys()
-        keys = np.array(sorted(fresh), dtype=np.uint64).T
-        counts: Any = source.integers(1, 25, size=keys.shape[1])
-        ids = source.integers(0, 1 << 32, size=counts.sum(), dtype=np.uint32)
-        before = table
-        table = table.with_more(keys, counts, ids)
-        assert not before.find(keys).any()
-        parts = np.split(ids, np.cumsum(counts)[:-1])
-        truth |= dict(zip(sorted(fresh), (p.tolist() for p in parts), strict=True))
-    assert table.count == len(truth) and 2 * len(truth) <= len(table.spans)
+        drawn = source.integers(1, (400 if words == 1 else 40) + 30 * step, size=(150, words))
+        fresh = sorted({tuple(key) for key in drawn.tolist()} - truth.keys())
+        keys = np.array(fresh, dtype=np.uint64).T
+        assert (table.find(keys) == UNKNOWN).all()
+        codes = source.integers(-(1 << 30), 1 << 30, size=len(fresh)).astype(np.int32)
+        table.add(keys, codes)
+        truth |= dict(zip(fresh, codes.tolist(), strict=True))
+    assert table.count == len(truth)
     known = [*truth, *truth]
     source.shuffle(known)
-    absent = [(a, b) for a in range(1, 60) for b in range(60) if (a, b) not in truth]
-    asked = np.array(known + absent, dtype=np.uint64).T
-    spans = table.find(asked)
-    assert (spans[: len(known)] > 0).all() and not spans[len(known) :].any()
-    found, numbers = gather(table.ids, spans)
-    expected = [truth[int(a), int(b)] for a, b in known]
-    assert numbers.tolist() == [*map(len, expected), *([0] * len(absent))]
-    assert found.tolist() == [*itertools.chain.from_iterable(expected)]
+    absent = [key for key in itertools.product(range(1, 900), *[range(1, 60)] * (words - 1))]
+    absent = [key for key in absent if key not in truth]
+    codes = table.find(np.array([*known, *absent], dtype=np.uint64).T)
+    assert codes[: len(known)].tolist() == [truth[tuple(map(int, key))] for key in known]
+    assert (codes[len(known) :] == UNKNOWN).all()
+
+
+def test_codes_stand_for_their_ids() -> None:
+    source = random.Random(0)
+    lists, kept, codes = IdLists(), list[list[int]](), list[int]()
+    for _ in range(30):
+        for keep in (True, False):
+            fresh = [
+                source.choices(range(1 << 17), k=source.choice((0, 1, 1, 2, 9))) for _ in "abcd" * 9
+            ]
+            flat = np.array([i for ids in fresh for i in ids], dtype=np.uint32)
+            counts = np.array([len(ids) for ids in fresh], dtype=np.int64)
+            given = lists.put(flat, counts, keep=keep).tolist()
+            places = [source.randrange(len(kept)) for _ in range(40)] if kept else []
+            texts = [*fresh, *(kept[i] for i in places)]
+            asked = np.array([*given, *(codes[i] for i in places)], dtype=np.int32)
+            ends = [10, 10, 36, len(texts)]
+            ids, lengths = lists.read(asked, np.array(ends))
+            assert ids.tolist() == [i for text in texts for i in text]
+            starts = [0, *ends]
+            expected = [sum(map(len, texts[a:b])) for a, b in itertools.pairwise(starts)]
+            assert lengths.tolist() == expected
+            if keep:
+                kept, codes = kept + fresh, codes + given
+    ids, lengths = lists.read(np.array([5, 6, 7], dtype=np.int32), np.array([1, 3]))
+    assert (ids.tolist(), lengths.tolist()) == ([5, 6, 7], [1, 2])
