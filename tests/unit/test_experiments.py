@@ -6,10 +6,16 @@ import pytest
 
 from megatron_cgn.config.load import CONFIG_DIR, load_config
 from megatron_cgn.config.validate import validate, validate_architecture
+from megatron_cgn.engine.group_selection import resolve_groups
 from megatron_cgn.model.architecture import Architecture
 
 RECIPES = sorted(p.stem for p in (CONFIG_DIR / "experiment").glob("*.yaml"))
-PROCESSES = {"quickstart": 2, "cpt_llama3_8b": 8, "cpt_llama3_70b": 64}
+PROCESSES = {
+    "quickstart": 2,
+    "cpt_llama3_8b": 8,
+    "cpt_llama3_70b": 64,
+    "cpt_extended_vocab": 8,
+}
 SAID = {"quickstart": "two CPU processes"}  # where a recipe does not say "start N processes"
 GIVEN = [
     "model.hf_path=models/base",
@@ -47,6 +53,14 @@ def test_recipe_is_valid(name: str) -> None:
     text = (Path(CONFIG_DIR) / "experiment" / f"{name}.yaml").read_text("utf-8")
     assert run.stage == "cpt"
     assert SAID.get(name, f"start {PROCESSES[name]} processes") in text
+
+
+def test_extended_vocabulary_fits_an_untied_model_with_new_rows() -> None:
+    run = load_config(["+stage=cpt", "+experiment=cpt_extended_vocab", *GIVEN])
+    grouping = resolve_groups(run.optim, LLAMA3_70B, first_new=128_000)
+    assert grouping is not None
+    new, rest = grouping.groups
+    assert (new.trains(1), rest.trains(100), rest.trains(101)) == (True, False, True)
 
 
 def test_70b_layout_cuts_the_model() -> None:
