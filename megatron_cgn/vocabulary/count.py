@@ -96,7 +96,7 @@ def count_words(
     except NotEqual as error:
         assert isinstance(split, ByteLevelSplitter)
         log.warning("Counting again, cutting text the slow way: %s", error)
-    return _count(inputs, chosen, split=split.slow(), workers=workers, report=None, passes=passes)
+    return _count(inputs, chosen, split=split.slow(), workers=workers, report=report, passes=passes)
 
 
 def _is_plain(inputs: Sequence[str | Path]) -> bool:
