@@ -8,6 +8,12 @@ writes tokenizer and model with the rows of new tokens, and proves that nothing 
 ``--model`` is a Hugging Face directory, a tokenizer alone, or a checkpoint of ours; a copy is
 written, the original stays. ``--report-only`` measures and writes nothing but report.html and
 report.json. Then index the documents again, with the new tokenizer: docs/guide-vocab.md.
+When models were trained with the old and with the new vocabulary,
+
+    python tools/extend_vocab.py compare --report models/qwen3-8b-nuclear \
+        --before runs/old/metrics.jsonl --after runs/new/metrics.jsonl
+
+adds their held-out bits per byte to the report.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -25,11 +32,14 @@ from tqdm import tqdm
 from megatron_cgn.errors import UserError
 from megatron_cgn.model.resize import METHODS
 from megatron_cgn.quiet import quiet_dependencies
+from megatron_cgn.vocabulary.report import HTML_FILE, add_bits_per_byte
 from megatron_cgn.vocabulary.run import ProofFailed, extend_vocabulary
 from megatron_cgn.vocabulary.settings import Settings
 from tokenizer.filters import Rules
 
 AUTO = "auto"
+_stopped = threading.Event()
+"""Set by a signal, so that the threads that write stop too."""
 _FILES = {
     "--corpus": "documents of the domain",
     "--held-out": "documents to measure on, no part of the corpus (default: one in ten of it, "
@@ -47,27 +57,37 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after a fault that the user can mend; 1 if a proof failed; 130 if interrupted.
     """
-    arguments = _parser().parse_args(words)
+    words = sys.argv[1:] if words is None else words
+    compares = list(words[:1]) == ["compare"]
+    arguments = _compare_parser().parse_args(words[1:]) if compares else _parser().parse_args(words)
     logging.basicConfig(format="extend_vocab: %(message)s")
     logging.getLogger("megatron_cgn").setLevel(logging.INFO)
-    quiet_dependencies()
+    _quiet()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
-        outcome = extend_vocabulary(_settings(arguments), console=_Terminal())
+        if compares:
+            add_bits_per_byte(arguments.report, before=arguments.before, after=arguments.after)
+            print(f"wrote {arguments.report / HTML_FILE}")
+        else:
+            _extend(arguments)
     except (UserError, ProofFailed) as error:
         print(f"extend_vocab: {error}", file=sys.stderr)
         return UserError.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("extend_vocab: interrupted; nothing was written.", file=sys.stderr)
         return 130
+    return 0
+
+
+def _extend(arguments: argparse.Namespace) -> None:
+    outcome = extend_vocabulary(_settings(arguments), console=_Terminal())
     if not outcome.is_written:
         print("nothing was written: --report-only writes the report, --num-tokens N insists.")
-    else:
-        print(f"wrote {arguments.output}")
+        return
+    print(f"wrote {arguments.output}")
     if outcome.num_tokens:
         print(f"next: index again with --tokenizer {arguments.output}; see docs/guide-vocab.md")
-    return 0
 
 
 class _Terminal:
@@ -90,13 +110,27 @@ class _Terminal:
             leave=False,
             disable=None,
         ) as shown:
-            yield shown.update
+
+            def advance(count: int) -> None:
+                if _stopped.is_set():
+                    raise KeyboardInterrupt
+                shown.update(count)
+
+            yield advance
+
+
+def _quiet() -> None:
+    """Leave out what transformers says while it is asked to prove something."""
+    quiet_dependencies()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Unwind, so that the unfinished directory is removed; only once, so that it is."""
     for other in (signal.SIGTERM, signal.SIGINT):
         signal.signal(other, signal.SIG_IGN)
+    _stopped.set()
     raise KeyboardInterrupt
 
 
@@ -137,6 +171,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(parser)
     _add_choice(parser)
     _add_rows(parser)
+    return parser
+
+
+def _compare_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="extend_vocab.py compare",
+        description="Add held-out bits per byte of two runs to a report that was written.",
+    )
+    for name, text in (("before", "the old"), ("after", "the new")):
+        parser.add_argument(
+            f"--{name}", type=Path, required=True, metavar="F",
+            help=f"metrics.jsonl of a run with {text} vocabulary",
+        )  # fmt: skip
+    parser.add_argument("--report", type=Path, required=True, metavar="DIR", help="an --output")
     return parser
 
 

@@ -173,7 +173,8 @@ def _prove_transformers(old: Path, new: Path, sample: _Sample, *, added: Sequenc
     try:
         was, now = _open_in_transformers(old), _open_in_transformers(new)
     except Exception as error:  # it lets through whatever its converters raise
-        return Proof(name="fast tokenizer", ok=False, text=f"transformers does not open it: {error}")
+        text = f"transformers does not open it: {error}"
+        return Proof(name="fast tokenizer", ok=False, text=text)
     backend = getattr(now, "backend_tokenizer", None)
     if backend is None:
         return Proof(name="fast tokenizer", ok=False, text=f"{type(now).__name__} is not fast")

@@ -5,6 +5,7 @@ whole, at the end, or not at all.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +24,15 @@ from megatron_cgn.vocabulary.texts import Texts, read_texts
 from megatron_cgn.vocabulary.worth import assess, table
 from tokenizer.extend import first_tokens
 from tokenizer.extension import Extension
+
+_SHOWN = 8
+"""New tokens that are named."""
+_WAYS = {
+    "merges": "by merges",
+    "piece": "as pieces",
+    "added_token": "as added tokens, for the tokenizer cuts them",
+    "existing": "single tokens before",
+}
 
 
 class ProofFailed(MegatronCGNError):
@@ -67,6 +77,7 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
     texts = read_texts(settings, split=plan.extender.splitter(plan.terms), console=console)
     extension = _extend(settings, plan, texts, console)
     worth = assess(settings, plan, extension, texts, console)
+    console.say(_what_was_read(texts))
     console.say(table(worth))
     num_tokens = settings.num_tokens
     if num_tokens is None:
@@ -87,6 +98,7 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
             texts=texts,
             console=console,
         )
+        console.say(_what_was_made(made.extension))
         console.say("\n".join(map(str, made.proofs)))
         if not all(proof.ok for proof in made.proofs):
             raise ProofFailed(
@@ -96,6 +108,34 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
     write_report(target, worth.report | {"made": None if made is None else _facts(made)})
     replace_directory(target, plan.output)
     return Outcome(num_tokens=num_tokens, is_written=True)
+
+
+def _what_was_read(texts: Texts) -> str:
+    words, held_out = texts.words, texts.domain
+    measured = f"{len(held_out.texts):,} held-out documents"
+    if held_out.sampled:
+        measured += f" (a sample of {held_out.documents:,})"
+    return (
+        f"corpus: {words.documents:,} documents, {words.text_bytes / 1e6:,.1f} MB, "
+        f"{len(words):,} distinct words; measured on {measured}"
+    )
+
+
+def _what_was_made(extension: Extension) -> str:
+    """The commonest new tokens, and what became of the terms."""
+    tokens = [token for token in extension.new_tokens if token.origin == "corpus"]
+    tokens.sort(key=lambda token: -token.frequency)
+    lines = [f"new tokens: {len(extension.new_tokens):,}, such as "]
+    lines[0] += " ".join(repr(token.text) for token in tokens[:_SHOWN])
+    if extension.terms:
+        ways = Counter(_WAYS[term.way] for term in extension.terms)
+        met = sum(term.occurrences for term in extension.terms)
+        whole = sum(term.whole for term in extension.terms)
+        lines.append(
+            f"terms: {', '.join(f'{count:,} {way}' for way, count in ways.items())}; single tokens "
+            f"in {whole:,} of the {met:,} places where the corpus has them"
+        )
+    return "\n".join(lines)
 
 
 def _facts(made: Made) -> dict[str, Any]:
