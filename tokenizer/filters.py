@@ -46,13 +46,14 @@ _ENDS = re.compile(
 )
 
 _MARKUP = re.compile(
-    r"https?|www\.|://|\.(?:com|org|net|cn|gov|edu|html?|php|aspx?)\b|&#?[a-z]{2,6};?|</?[a-z]"
+    r"https?|www\.|://|\.(?:com|org|net|cn|gov|edu|html?|php|aspx?)\b|&#|&[a-z]{2,6}|</?[a-z]"
     r"|\\|^(?:nbsp|quot|[lr][sd]quo|[mn]dash|hellip|ensp|emsp|colspan|rowspan|href|tbody|thead)$"
     r"|^\.(?-i:[A-Z][A-Za-z])$",  # the last are requests of man pages, whose fonts are \fB
     re.I,
 )
 _HEXADECIMAL = re.compile(r" ?(?:0x)?(?=[0-9a-f]*[0-9])(?=[0-9a-f]*[a-f])[0-9a-f]{4,}$", re.I)
-_RUN = re.compile(r"(.)\1\1|^ ?(.{1,3})\2{2,}$", re.S)
+# Digits and Roman numerals repeat by nature: AP1000, VIII.
+_RUN = re.compile(r"([^\dI])\1\1|^(\D{1,3})\2{2,}$", re.S)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,9 +198,9 @@ def _as_word(body: str, kinds: Sequence[str], *, particles: bool) -> str | None:
 
 def _is_cut(body: str) -> bool:
     """Whether Chinese begins or ends with a particle that is no part of a word there."""
-    if body[0] in _LEANS_BACK and _BEGINS.match(body) is None:
+    if len(body) > 1 and body[0] in _LEANS_BACK and _BEGINS.match(body) is None:
         return True
-    return body[-1] in _LEANS_FORWARD and _ENDS.search(body) is None
+    return len(body) > 1 and body[-1] in _LEANS_FORWARD and _ENDS.search(body) is None
 
 
 def _is_mark_of_prose(character: str) -> bool:
