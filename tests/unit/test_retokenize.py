@@ -15,6 +15,7 @@ from megatron_cgn.data.preprocess import preprocess
 from megatron_cgn.data.retokenize import retokenize
 from megatron_cgn.errors import DataError
 from tests.unit.data_samples import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.unit.test_extend_sentencepiece import documents, train, write_source
 from tokenizer.extend import open_extender
 from tokenizer.extension import FILE_NAME
 from tokenizer.filters import Rules
@@ -220,6 +221,33 @@ def test_training_on_an_index_of_the_old_tokenizer_names_the_command(
     fingerprint = Tokenizer.from_pretrained(extended).fingerprint()
     with pytest.raises(DataError, match="made with another tokenizer.*retokenize"):
         check_index(tmp_path / "p", tokenizer_fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sentencepiece_extended(tmp_path: Path, kind: str) -> None:
+    """Unigram pieces may cut a text elsewhere, and this one's normaliser drops spaces."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_source(first, train(kind, byte_fallback=True))
+    second.mkdir()
+    texts = [*documents(7), " 前面有空格", "a  b", *TEXTS]
+    extender = open_extender(first)
+    counter = WordCounter(extender.splitter())
+    counter.add(texts)
+    rules = Rules(min_frequency=3, min_spread=2)
+    extender.write(extender.extend(counter.words(), num_tokens=40, rules=rules), second)
+    source = tmp_path / "c.jsonl"
+    source.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for name, tokenizer in (("old", first), ("direct", second)):
+        preprocess([source], tokenizer_dir=tokenizer, output_prefix=tmp_path / name)
+    done = retokenize(
+        tmp_path / "old", old_tokenizer=first, tokenizer=second, output_prefix=tmp_path / "new"
+    )
+    assert done.extension and done.sidecar.tokens < done.old_tokens
+    assert _content(tmp_path / "new") == _content(tmp_path / "direct")
+    old, new = Tokenizer.from_pretrained(first), Tokenizer.from_pretrained(second)
+    for text in texts:
+        totals = [int(t.token_byte_lengths()[t.encode(text)].sum()) for t in (old, new)]
+        assert totals[0] == totals[1]
 
 
 def test_command_line(tmp_path: Path, old: Path, extended: Path, corpus: Path) -> None:
