@@ -9,12 +9,18 @@ _BAR = 420
 _WIDTH = 720
 
 
-def bars(rows: Sequence[tuple[str, Sequence[int]]], *, series: Sequence[str]) -> str:
+def bars(
+    rows: Sequence[tuple[str, Sequence[int]]],
+    *,
+    series: Sequence[str],
+    label_width: int = _LABEL,
+) -> str:
     """Draw horizontal stacked bars, one a row.
 
     Args:
         rows: Label and a value for each series.
         series: Names of the series, for the legend; colours are by place.
+        label_width: Room for the labels, in pixels.
 
     Returns:
         An ``<svg>`` element, with the figures as text beside the bars.
@@ -23,9 +29,10 @@ def bars(rows: Sequence[tuple[str, Sequence[int]]], *, series: Sequence[str]) ->
         return "<p>None.</p>"
     most = max(sum(values) for _, values in rows) or 1
     top = _ROW if len(series) > 1 else 0
-    parts = _legend(series) if top else []
+    parts = _legend(series, x=label_width) if top else []
+    scale = (_BAR + _LABEL - label_width) / most
     for place, (label, values) in enumerate(rows):
-        parts += _bar(label, values, y=top + place * _ROW, scale=_BAR / most)
+        parts += _bar(label, values, x=label_width, y=top + place * _ROW, scale=scale)
     height = top + len(rows) * _ROW
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" role="img">'
@@ -34,10 +41,9 @@ def bars(rows: Sequence[tuple[str, Sequence[int]]], *, series: Sequence[str]) ->
     )
 
 
-def _bar(label: str, values: Sequence[int], *, y: int, scale: float) -> list[str]:
+def _bar(label: str, values: Sequence[int], *, x: float, y: int, scale: float) -> list[str]:
     text = y + 15
-    parts = [f'<text x="{_LABEL - 8}" y="{text}" text-anchor="end">{escape(label)}</text>']
-    x = float(_LABEL)
+    parts = [f'<text x="{x - 8}" y="{text}" text-anchor="end">{escape(label)}</text>']
     for colour, value in enumerate(values):
         width = value * scale
         parts.append(
@@ -48,9 +54,8 @@ def _bar(label: str, values: Sequence[int], *, y: int, scale: float) -> list[str
     return parts
 
 
-def _legend(series: Sequence[str]) -> list[str]:
+def _legend(series: Sequence[str], *, x: int) -> list[str]:
     parts: list[str] = []
-    x = _LABEL
     for colour, name in enumerate(series):
         parts.append(f'<rect class="c{colour % 6}" x="{x}" y="4" width="10" height="10"/>')
         parts.append(f'<text x="{x + 14}" y="14">{escape(name)}</text>')

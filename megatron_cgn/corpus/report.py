@@ -6,7 +6,7 @@ before it is shown, also where the corpus itself is not.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from megatron_cgn.config.corpus import RedactConfig
 from megatron_cgn.corpus.charts import bars
 from megatron_cgn.corpus.document import Document
 from megatron_cgn.corpus.manifest import one_sided
+from megatron_cgn.corpus.page import page, table
 from megatron_cgn.corpus.redact import Redactor
 from megatron_cgn.corpus.tally import Tally
 
@@ -23,24 +24,6 @@ if TYPE_CHECKING:
 
 # Shorter than what was kept: a number that is cut at the end is no number a redactor knows.
 _SHOWN_CHARS = 300
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "Microsoft YaHei", sans-serif;
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d0d7de; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #eaeef2; text-align: left;
-         vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f6f8fa; padding: .5rem .75rem; white-space: pre-wrap; word-break: break-word;
-      margin: .25rem 0 1rem; max-height: 14rem; overflow: auto; }
-code { font-size: .9em; word-break: break-all; } summary { cursor: pointer; }
-.warning { border-left: .25rem solid #d98b2b; padding-left: .75rem; }
-.id { font-weight: 600; word-break: break-all; } .muted { color: #59636e; }
-svg text { font-size: 13px; fill: currentColor; }
-.c0 { fill: #3b6fb5; } .c1 { fill: #d98b2b; } .c2 { fill: #4b9a6a; }
-.c3 { fill: #a4508b; } .c4 { fill: #7a7a7a; } .c5 { fill: #2aa1a1; }
-"""
 
 
 def write_report(
@@ -63,10 +46,10 @@ def write_report(
         evaluation_files: What became of each evaluation file.
     """
     redactor = Redactor(redact if redact.enabled else RedactConfig())
-    page = _Page(
+    content = _Page(
         manifest, tally, clusters, evaluation_files, lambda text: _redacted(redactor, text)
     )
-    path.write_text(page.html(), encoding="utf-8", errors="replace")
+    path.write_text(content.html(), encoding="utf-8", errors="replace")
 
 
 def _redacted(redactor: Redactor, text: str) -> str:
@@ -101,14 +84,7 @@ class _Page:
             self._duplicates(),
             self._details(),
         )
-        return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-            "style-src 'unsafe-inline'\">\n"
-            f"<title>Corpus report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-            + "\n".join(sections)
-            + "\n</body>\n</html>\n"
-        )
+        return page("Corpus report", sections)
 
     def _overview(self) -> str:
         read = sum(self._counts["documents"].values())
@@ -161,7 +137,7 @@ class _Page:
         warnings = "".join(
             f'<p class="warning">{escape(text)}</p>' for text in one_sided(self._manifest)
         )
-        return "<h2>Sources</h2>" + _table(heads, rows) + warnings + note + skipped
+        return "<h2>Sources</h2>" + table(heads, rows) + warnings + note + skipped
 
     def _dropped(self) -> str:
         reasons: dict[str, int] = {}
@@ -172,12 +148,12 @@ class _Page:
             return "<h2>What was left out</h2><p>Nothing.</p>"
         ordered = sorted(reasons, key=lambda reason: (-reasons[reason], reason))
         read = sum(self._counts["documents"].values())
-        table = _table(
+        drawn = table(
             ("reason", "#documents", "#share"),
             [[reason, reasons[reason], _share(reasons[reason], read)] for reason in ordered],
         )
         examples = "".join(self._examples(reason, reasons[reason]) for reason in ordered)
-        return "<h2>What was left out</h2>" + table + examples
+        return "<h2>What was left out</h2>" + drawn + examples
 
     def _evaluation(self) -> str:
         if not self._evaluation_files:
@@ -191,8 +167,8 @@ class _Page:
             "(<code>decontaminate.min_item_tokens</code>, <code>max_shared_items</code>). That no "
             "document holds them is not known.</p>"
         )
-        table = _table(("file", "#items", "#not looked for"), rows)
-        return "<h2>Evaluation files</h2>" + table + note
+        drawn = table(("file", "#items", "#not looked for"), rows)
+        return "<h2>Evaluation files</h2>" + drawn + note
 
     def _examples(self, kind: str, total: int) -> str:
         shown = self._tally.get("examples", {}).get(kind, [])
@@ -216,13 +192,13 @@ class _Page:
     def _changes(self) -> str:
         changes = self._counts["changes"]
         rows = [[kind, changes[kind]["times"], changes[kind]["documents"]] for kind in changes]
-        table = _table(("kind", "#times", "#documents"), rows) if rows else "<p>Nothing.</p>"
+        drawn = table(("kind", "#times", "#documents"), rows) if rows else "<p>Nothing.</p>"
         examples = "".join(self._examples(kind, changes[kind]["documents"]) for kind in changes)
         note = (
             '<p class="muted">Examples show the text after redaction, and of the value that was '
             "there at most its first characters.</p>"
         )
-        return "<h2>What was changed</h2>" + table + (examples + note if examples else "")
+        return "<h2>What was changed</h2>" + drawn + (examples + note if examples else "")
 
     def _charts(self) -> str:
         names = [source["name"] for source in self._manifest["sources"]]
@@ -256,8 +232,8 @@ class _Page:
             f"<p>{crowded:,} documents have so many near-duplicates that they were not compared "
             "with every one of them: some may be left.</p>"
         )
-        table = _table(("kept", "#duplicates", "some of them"), rows)
-        return "<h2>Most duplicated</h2>" + table + (note if crowded else "")
+        drawn = table(("kept", "#duplicates", "some of them"), rows)
+        return "<h2>Most duplicated</h2>" + drawn + (note if crowded else "")
 
     def _details(self) -> str:
         facts = {name: self._manifest[name] for name in ("settings", "versions")}
@@ -266,26 +242,6 @@ class _Page:
             "<h2>How it was made</h2><details><summary>settings and versions</summary>"
             f"<pre>{escape(text)}</pre></details>"
         )
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; a head that starts with ``#`` is that of figures."""
-    figures = [head.startswith("#") for head in heads]
-    kinds = [' class="n"' if figure else "" for figure in figures]
-    lines = [
-        "".join(
-            f"<th{kind}>{head.removeprefix('#')}</th>"
-            for kind, head in zip(kinds, heads, strict=True)
-        )
-    ]
-    for row in rows:
-        cells = (f"{value:,}" if isinstance(value, int) else str(value) for value in row)
-        lines.append(
-            "".join(
-                f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True)
-            )
-        )
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def _sum(counts: dict[str, dict[str, int]], name: str) -> int:

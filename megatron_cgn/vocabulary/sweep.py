@@ -4,16 +4,17 @@ For each N the files of that tokenizer are written and texts are really encoded 
 figures mean for a model is in ``cost.py``, which N to take in ``recommend.py``.
 """
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_cgn.errors import ConfigError
-from megatron_cgn.vocabulary.held_out import HeldOut
+from megatron_cgn.vocabulary.held_out import HeldOut, language
 from megatron_cgn.vocabulary.uses import Counter, SampledWords, sample_words
 from tokenizer.extend import Extender
 from tokenizer.extension import Extension
@@ -26,6 +27,8 @@ ALL = "all"
 """The language that stands for every document."""
 
 _CHECKED_CHARACTERS = 1 << 19
+_SENTENCE = re.compile(r"[^\n。！？!?]{20,80}(?:[。！？]|[.!?](?=\s)|$)", re.MULTILINE)
+_NUM_SENTENCES = 8
 
 Lengths = npt.NDArray[np.int64]
 
@@ -61,6 +64,8 @@ class SweepPoint:
     words were sampled, None where they were not given."""
     corpus_tokens: float | None = None
     """Tokens of that corpus."""
+    examples: tuple[tuple[int, ...], ...] = ()
+    """Ids of the sentences in `Sweep.examples`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,8 @@ class Sweep:
     agreement: Agreement
     corpus_bytes: int | None
     """UTF-8 bytes of the corpus that `SweepPoint.corpus_uses` counts in."""
+    examples: tuple[str, ...] = ()
+    """Sentences of held-out domain text, to be shown."""
 
 
 def sweep(
@@ -121,7 +128,7 @@ def sweep(
     sampled = None if words is None else sample_words(words)
     points: list[SweepPoint] = []
     before: list[Lengths] = []
-    tokenizer = extender.tokenizer
+    tokenizer, shown = extender.tokenizer, _sentences(domain)
     with tempfile.TemporaryDirectory(prefix="vocabulary-") as directory:
         for size in usable:
             if size:
@@ -129,8 +136,11 @@ def sweep(
                 target.mkdir()
                 extender.write(extension, target, num_tokens=size)
                 tokenizer = Tokenizer.from_pretrained(target)
-            counter = Counter(tokenizer, old_vocab_size=extension.old_vocab_size)
-            points.append(_point(counter, size, extension, domain, general, sampled, before))
+            counter = Counter(
+                tokenizer, old_vocab_size=extension.old_vocab_size, kind=extender.kind
+            )
+            point = _point(counter, size, extension, domain, general, sampled, before)
+            points.append(replace(point, examples=tuple(map(tuple, tokenizer.encode_batch(shown)))))
             if progress is not None:
                 progress(len(points), len(usable))
         agreement = _compare(extender.tokenizer, tokenizer, extension, domain.texts)
@@ -138,6 +148,7 @@ def sweep(
         points=tuple(points),
         agreement=agreement,
         corpus_bytes=None if words is None else words.text_bytes,
+        examples=tuple(shown),
     )
 
 
@@ -206,6 +217,18 @@ def _figures(held_out: HeldOut, lengths: Lengths, before: Lengths) -> dict[str, 
         )
         for name, places in groups.items()
     }
+
+
+def _sentences(held_out: HeldOut) -> list[str]:
+    """One from the middle of each of the first documents, not the best; no listings if possible."""
+    found: list[str] = []
+    for text, name in zip(held_out.texts, held_out.languages, strict=True):
+        sentences = [match.strip() for match in _SENTENCE.findall(text)]
+        if sentences := [sentence for sentence in sentences if language(sentence) == name]:
+            found.append(sentences[len(sentences) // 2])
+        if len(found) == _NUM_SENTENCES:
+            break
+    return found
 
 
 def _compare(

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tokenizer.extend import Kind
 from tokenizer.fast import FastEncoder, NotEqual
 from tokenizer.han_segments import Flat
+from tokenizer.sentencepiece_fast import bare_backend
 from tokenizer.words import Words
 from tokenizer.wrapper import Tokenizer
 
@@ -62,13 +64,15 @@ def sample_words(words: Words, *, max_bytes: int = WORD_BYTES) -> SampledWords:
 class Counter:
     """Counts with one tokenizer, by the fastest encoder that gives its own ids on these texts."""
 
-    def __init__(self, tokenizer: Tokenizer, *, old_vocab_size: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, old_vocab_size: int, kind: Kind) -> None:
         """Open the encoder.
 
         Args:
             tokenizer: The old tokenizer, or one that extends it.
             old_vocab_size: The first new id.
+            kind: What kind it is.
         """
+        self._kind = kind
         self._tokenizer = tokenizer
         self._first = old_vocab_size
         self._num_new = max(0, tokenizer.vocab_size - old_vocab_size)
@@ -103,7 +107,12 @@ class Counter:
         """
         uses = np.zeros(self._num_new)
         start, tokens = 0, 0.0
-        for ids, counts in self._batches(words.spellings):
+        batches = (
+            self._batches(words.spellings)
+            if self._kind == "byte_level_bpe"
+            else self._bare_batches(words.spellings)
+        )
+        for ids, counts in batches:
             weights = words.weights[start : start + len(counts)]
             start += len(counts)
             tokens += float(weights @ counts)
@@ -116,7 +125,14 @@ class Counter:
     def _batches(self, texts: Sequence[str]) -> Iterator[Flat]:
         """Ids and lengths, of so many texts at a time that memory is bounded."""
         for batch in _batches(texts):
-            yield self._encode_fast(batch) or self._encode(batch)
+            yield self._encode_fast(batch) or _encode(self._tokenizer, batch)
+
+    def _bare_batches(self, spellings: Sequence[str]) -> Iterator[Flat]:
+        """The same for words of SentencePiece, which a tokenizer would normalise a second time."""
+        backend = bare_backend(self._tokenizer.definition())
+        bare = Tokenizer(backend, name=self._tokenizer.name, eos_token=None)
+        for batch in _batches(spellings):
+            yield _encode(bare, batch)
 
     def _encode_fast(self, batch: Sequence[str]) -> Flat | None:
         if self._fast is None:
@@ -130,11 +146,12 @@ class Counter:
             self._fast = None
             return None
 
-    def _encode(self, batch: Sequence[str]) -> Flat:
-        ids = self._tokenizer.encode_batch(batch)
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        flat = itertools.chain.from_iterable(ids)
-        return np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum())), lengths
+
+def _encode(tokenizer: Tokenizer, batch: Sequence[str]) -> Flat:
+    ids = tokenizer.encode_batch(batch)
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    flat = itertools.chain.from_iterable(ids)
+    return np.fromiter(flat, dtype=np.uint32, count=int(lengths.sum())), lengths
 
 
 def _fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:

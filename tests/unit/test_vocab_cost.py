@@ -216,13 +216,14 @@ def test_unknown_general_text_gains_nothing() -> None:
 
 def test_the_larger_output_matrix_is_set_against_the_gain() -> None:
     shape = TrainingShape(seq_length=8192)
+    made_of_corpus: list[Origin] = ["corpus"] * 10_000
     costs = [
         model_cost(LLAMA_3_8B, num_tokens=size, old_vocab_size=128_256, shape=shape)
         for size in (0, 10_000)
     ]
     found = candidates(
         made(point(0, 400, 200), point(10_000, 400, 200)),
-        extension=extension_of(*["corpus"] * 10_000),  # type: ignore[list-item]
+        extension=extension_of(*made_of_corpus),
         costs=costs,
         policy=Policy(),
     )

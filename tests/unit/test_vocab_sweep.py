@@ -33,7 +33,7 @@ class HandMade:
 
     def extension(self) -> Extension:
         old = {letter: place for place, letter in enumerate(byte_characters())}
-        pieces = {letter: (place,) for letter, place in old.items()}
+        pieces: dict[str, tuple[int, ...]] = {letter: (place,) for letter, place in old.items()}
         tokens = []
         for place, (left, right) in enumerate(self._merges):
             pieces[left + right] = pieces[left] + pieces[right]
@@ -222,7 +222,7 @@ def test_counting_goes_on_with_the_original_where_the_fast_encoder_errs(
         raise NotEqual("for the test")
 
     monkeypatch.setattr(FastEncoder, "prove", fail)
-    counter = Counter(extender.tokenizer, old_vocab_size=257)
+    counter = Counter(extender.tokenizer, old_vocab_size=257, kind="byte_level_bpe")
     lengths, uses = counter.texts(["abc", "水", ""])
     assert lengths.tolist() == [3, 3, 0]
     assert uses.tolist() == []
