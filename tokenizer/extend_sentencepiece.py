@@ -104,18 +104,16 @@ class SentencePieceExtender:
             )
         if len(tokens) < num_tokens and not allow_fewer:
             raise _too_few(len(tokens), num_tokens, words, refused, rules)
+        settings = {"num_tokens": num_tokens, "kind": self.kind, "rules": rules.to_json()}
+        if self.kind == "sentencepiece_unigram":
+            settings["corpus_tokens"] = self._count_tokens(words)
         extension = Extension(
             old_vocab_size=self.tokenizer.vocab_size,
             new_tokens=tuple(tokens),
             old_fingerprint=self.tokenizer.fingerprint(),
             new_fingerprint="",
             rejected=dict(refused.most_common()),
-            settings={
-                "num_tokens": num_tokens,
-                "kind": self.kind,
-                "rules": rules.to_json(),
-                "corpus_tokens": self._count_tokens(words),
-            },
+            settings=settings,
         )
         opened = self._files.opened(extension)
         definition = opened.definition()
@@ -229,6 +227,7 @@ class SentencePieceExtender:
         )
 
     def _count_tokens(self, words: Words) -> int:
+        """How many tokens the old model makes of the corpus; asked only where scores need it."""
         lengths = map(len, self._segmenter.encode(words.spellings))
         return sum(n * count for n, count in zip(lengths, words.counts.tolist(), strict=True))
 

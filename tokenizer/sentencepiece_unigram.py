@@ -21,8 +21,11 @@ import numpy as np
 
 from tokenizer.extension import NewToken
 
-# More than rounding to single precision takes from a sum of scores, less than makes a difference.
-_MARGIN = 0.01
+# By how much a raised score is above the best other way. The library sums up scores of a whole text
+# in single precision: in long texts less than this is lost. The frequency decides between pieces
+# that overlap, which without it would often be equal.
+_MARGIN = 0.1
+_MARGIN_FOR_FREQUENCY = 0.1
 _UNKNOWN = 10.0  # SentencePiece's penalty below the lowest score
 
 
@@ -49,7 +52,8 @@ def unigram_scores(
         score = max(math.log(max(token.frequency, 1) / max(corpus_tokens, 1)), lowest)
         if token.origin == "term":
             score = max(score, highest)
-        score = float(np.float32(min(max(score, rival + _MARGIN), 0.0)))
+        margin = _MARGIN + _MARGIN_FOR_FREQUENCY * math.log10(1 + token.frequency)
+        score = float(np.float32(min(max(score, rival + margin), 0.0)))
         scores[token.token] = new[token.id] = score
     return [new[token.id] for token in tokens]
 

@@ -30,9 +30,10 @@ def prove_options(old: Definition, new: Definition, extension: Extension) -> Pro
         The proof.
     """
     changed = _changed(_options(old), _options(new))
-    for name, lists in (("merges", merges), ("scores", _scores)):
-        if lists(new)[: len(lists(old))] != lists(old):
-            changed.append(name)
+    if _merges_in_order(new, extension)[: len(merges(old))] != merges(old):
+        changed.append("merges")
+    if _scores(new)[: len(_scores(old))] != _scores(old):
+        changed.append("scores")
     before, after = _added(old), _added(new)
     wanted = {term.text for term in extension.terms if term.way == "added_token"}
     changed += [name for name, token in before.items() if after.get(name) != token]
@@ -89,6 +90,15 @@ def merges(definition: Definition) -> list[tuple[str, str]]:
     """Merges of a ``tokenizer.json``, from either way of writing them; none of Unigram."""
     pairs = definition["model"].get("merges") or []
     return [tuple(p if isinstance(p, list) else p.split(" ", 1)) for p in pairs]
+
+
+def _merges_in_order(definition: Definition, extension: Extension) -> list[tuple[str, str]]:
+    """Merges but for those that make an old token of new ones.
+
+    `transformers` lists these beside the old ones when it converts a ``tokenizer.model``.
+    """
+    new = {token.token for token in extension.new_tokens}
+    return [p for p in merges(definition) if "".join(p) in new or not new.intersection(p)]
 
 
 def _scores(definition: Definition) -> list[Any]:

@@ -355,9 +355,10 @@ def test_scores_are_log_probabilities_raised_where_others_would_win() -> None:
     old = {"a": -2.0, "b": -3.0, "c": -9.0, "d": -12.0}
     tokens = [token(9, "ab", 100), token(10, "cd", 10), token(11, "abcd", 1)]
     scores = unigram_scores(tokens, old=old, corpus_tokens=1000)
-    # ab: ln(100/1000) beats -5. cd: ln(10/1000) beats -21. abcd: ln(1/1000) is below ab + cd =
-    # -6.9078, so just above that.
-    assert scores == pytest.approx([math.log(0.1), math.log(0.01), -6.8978], abs=1e-4)
+    # ab: ln(100/1000) beats -5. cd: ln(10/1000) beats -21. abcd: ln(1/1000) does not beat ab + cd,
+    # whose product is the same, so it is 0.1 * (1 + log10(2)) above that.
+    raised = math.log(0.1) + math.log(0.01) + 0.1301
+    assert scores == pytest.approx([math.log(0.1), math.log(0.01), raised], abs=1e-4)
     # Never below the lowest old score.
     assert unigram_scores([token(9, "dd", 1)], old=old, corpus_tokens=10**9) == [-12.0]
     assert unigram_scores([token(9, "ab", 1, "term")], old=old, corpus_tokens=1000) == [-2.0]
