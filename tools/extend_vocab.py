@@ -26,16 +26,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from megatron_cgn.errors import UserError
-from megatron_cgn.model.resize import METHODS
 from megatron_cgn.quiet import quiet_dependencies
-from megatron_cgn.vocabulary.report import HTML_FILE, add_bits_per_byte
-from megatron_cgn.vocabulary.run import ProofFailed, extend_vocabulary
-from megatron_cgn.vocabulary.settings import Settings
-from tokenizer.filters import Rules
+
+# Worker processes import this file again and need no PyTorch: what does is imported in functions.
+if TYPE_CHECKING:
+    from megatron_cgn.vocabulary.settings import Settings
 
 AUTO = "auto"
 _stopped = threading.Event()
@@ -57,6 +57,9 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after a fault that the user can mend; 1 if a proof failed; 130 if interrupted.
     """
+    from megatron_cgn.vocabulary.report import HTML_FILE, add_bits_per_byte
+    from megatron_cgn.vocabulary.run import ProofFailed
+
     words = sys.argv[1:] if words is None else words
     compares = list(words[:1]) == ["compare"]
     arguments = _compare_parser().parse_args(words[1:]) if compares else _parser().parse_args(words)
@@ -81,6 +84,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _extend(arguments: argparse.Namespace) -> None:
+    from megatron_cgn.vocabulary.run import extend_vocabulary
+
     outcome = extend_vocabulary(_settings(arguments), console=_Terminal())
     if not outcome.is_written:
         print("nothing was written: --report-only writes the report, --num-tokens N insists.")
@@ -134,7 +139,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    from megatron_cgn.vocabulary.settings import Settings
+    from tokenizer.filters import Rules
+
     number = arguments.num_tokens
     return Settings(
         model=arguments.model,
@@ -166,7 +174,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s --model DIR --corpus F... --output DIR [--num-tokens N|auto] [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_inputs(parser)
     _add_choice(parser)
@@ -210,6 +220,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
+    from megatron_cgn.vocabulary.settings import Settings
+    from tokenizer.filters import Rules
+
     rules, defaults = Rules(), Settings(model=Path(), corpus=(), output=Path())
     group = parser.add_argument_group("which tokens")
     group.add_argument(
@@ -249,6 +262,8 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:
+    from megatron_cgn.model.resize import METHODS
+
     group = parser.add_argument_group("the model's new rows")
     group.add_argument("--init", choices=METHODS, help="how they begin (default: mean)")
     group.add_argument("--seed", type=int, default=1234, metavar="N", help="(default: %(default)s)")

@@ -27,6 +27,10 @@ _HAN_SHARE = 0.2
 _LETTERS_A_WORD = 5
 
 
+class NoDocuments(DataError):
+    """There is nothing to measure on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
     """Documents that no new token was made from."""
@@ -69,7 +73,8 @@ def read_held_out(
         The sample, the same in whatever order the documents come.
 
     Raises:
-        DataError: If a file is missing or damaged, or there is no document.
+        DataError: If a file is missing or damaged.
+        NoDocuments: If there is no document.
     """
     check_inputs(paths)
     # The largest hash on top: negated, as the heap gives the smallest.
@@ -90,7 +95,7 @@ def read_held_out(
         if progress is not None:
             progress(block.progress_bytes)
     if not kept:
-        raise DataError(
+        raise NoDocuments(
             f"{', '.join(map(str, paths))}: no document with text in the field {field!r}. A "
             "vocabulary is judged by held-out documents: give some that are no part of the corpus."
         )

@@ -17,7 +17,6 @@ from megatron_cgn.vocabulary.proof import Proof
 from megatron_cgn.vocabulary.proof_model import prove_model
 from megatron_cgn.vocabulary.proof_tokenizer import prove_tokenizer
 from megatron_cgn.vocabulary.settings import Settings
-from megatron_cgn.vocabulary.texts import Texts
 from tokenizer.extension import FILE_NAME, Extension
 
 _PROOF_BYTES = 2 << 20
@@ -42,7 +41,8 @@ def make(
     *,
     num_tokens: int,
     target: Path,
-    texts: Texts,
+    domain: HeldOut,
+    general: HeldOut | None,
     console: Console,
 ) -> Made:
     """Write the tokenizer with its first new tokens, and the model if there is one.
@@ -53,7 +53,8 @@ def make(
         extension: Of all new tokens.
         num_tokens: How many of them to take.
         target: Directory to make, in a directory of its own.
-        texts: What proofs are made on.
+        domain: Held-out documents, which proofs are made on.
+        general: Other documents, if given.
         console: Shows progress.
 
     Returns:
@@ -68,13 +69,13 @@ def make(
     taken = _read_extension(tokenizer / FILE_NAME)
     if plan.kind != "tokenizer":
         shutil.copyfile(plan.tokenizer / _CONFIG, tokenizer / _CONFIG)  # for transformers
-    domain = _sample(texts.domain)
+    sample = _sample(domain)
     proofs = prove_tokenizer(
         plan.tokenizer,
         tokenizer,
         taken,
-        domain=domain,
-        general=_sample(texts.general) if texts.general else (),
+        domain=sample,
+        general=_sample(general) if general else (),
     )
     if plan.kind == "tokenizer":
         tokenizer.rename(target)
@@ -92,7 +93,7 @@ def make(
             tensor_parallel=settings.tensor_parallel,
             progress=advance,
         )
-    proofs += prove_model(settings.model, target, taken, texts=domain)
+    proofs += prove_model(settings.model, target, taken, texts=sample)
     return Made(extension=taken, resize=summary, proofs=tuple(proofs))
 
 

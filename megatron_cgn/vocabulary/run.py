@@ -79,6 +79,8 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
     worth = assess(settings, plan, extension, texts, console)
     console.say(_what_was_read(texts))
     console.say(table(worth))
+    domain, general = texts.domain, texts.general
+    del texts  # the words of a large corpus, which nothing needs any more
     num_tokens = settings.num_tokens
     if num_tokens is None:
         num_tokens = worth.recommendation.num_tokens
@@ -95,7 +97,8 @@ def _work(settings: Settings, plan: Plan, work: Path, console: Console) -> Outco
             extension,
             num_tokens=num_tokens,
             target=target,
-            texts=texts,
+            domain=domain,
+            general=general,
             console=console,
         )
         console.say(_what_was_made(made.extension))
@@ -169,13 +172,13 @@ def _extend(settings: Settings, plan: Plan, texts: Texts, console: Console) -> E
         )
     made = len(extension.new_tokens)
     if made < wanted:
-        reasons = ", ".join(f"{count:,} {why}" for why, count in extension.rejected.items())
+        reasons = ", ".join(f"{why} ({count:,})" for why, count in extension.rejected.items())
         raise DataError(
             f"--num-tokens {wanted:,}: the corpus ({texts.words.text_bytes / 1e6:,.1f} MB in "
             f"{texts.words.documents:,} documents) gives {made:,} tokens that are met "
             f"{plan.rules.min_frequency:,} times in {plan.rules.min_spread:,} documents. Ask for "
             "no more than these, give more text, or lower --min-frequency and --min-spread."
-            + (f" Refused were: {reasons}." if reasons else "")
+            + (f" Others were refused: {reasons}." if reasons else "")
         )
     if wanted:
         first_tokens(extension, wanted)  # refuses fewer than the terms take

@@ -13,7 +13,7 @@ from megatron_cgn.data.readers import check_inputs
 from megatron_cgn.errors import DataError
 from megatron_cgn.vocabulary.console import Console
 from megatron_cgn.vocabulary.count import count_words
-from megatron_cgn.vocabulary.held_out import HeldOut, read_held_out
+from megatron_cgn.vocabulary.held_out import HeldOut, NoDocuments, read_held_out
 from megatron_cgn.vocabulary.settings import Settings
 from tokenizer.words import Splitter, Words
 
@@ -109,11 +109,15 @@ def _read_domain(settings: Settings, console: Console) -> HeldOut:
 
         try:
             return read_held_out(paths, field=settings.text_field, keep=keep, progress=advance)
-        except DataError as error:
+        except NoDocuments as error:
+            names = ", ".join(map(str, paths))
             if not others:
-                raise
+                raise DataError(
+                    f"{names}: holds no document with text in the field {settings.text_field!r}. "
+                    "Give documents of the domain."
+                ) from error
             raise DataError(
-                f"{', '.join(map(str, paths))}: of its {others:,} documents, none falls "
+                f"{names}: of its {others:,} documents, none falls "
                 f"among the one in {ONE_IN} that are held out. Give documents to measure on with "
                 "--held-out."
             ) from error

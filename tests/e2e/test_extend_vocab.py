@@ -447,18 +447,67 @@ def test_killed_and_interrupted(tmp_path: Path, call: Call, tiny: Path, corpus: 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, tiny: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk that lacks some bytes for a copy of the model, or has some more."""
     target = tmp_path / "disk"
     target.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(target)]
+    size = sum(file.stat().st_size for file in tiny.iterdir()) + request.param
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(target)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     yield target
     subprocess.run(["umount", str(target)], check=True)
 
 
-def test_a_full_disk(small_disk: Path, call: Call, tiny: Path, corpus: Path) -> None:
+@pytest.mark.parametrize(
+    ("small_disk", "message"),
+    [(-9000, "are free on that disk"), (9000, "are free on that disk"), (90_000, "No space left")],
+    indirect=["small_disk"],
+)
+def test_a_full_disk(small_disk: Path, call: Call, tiny: Path, corpus: Path, message: str) -> None:
     output = small_disk / "out"
     words = ("--model", tiny, "--corpus", corpus, "--num-tokens", 20, "--output", output, *QUICK)
-    assert "needs" in call(*words, code=2) or True
+    shown = call(*words, code=2)
+    assert message in shown and ".unfinished" not in shown, shown
     assert not list(small_disk.iterdir())
+
+
+def test_what_is_measured_on_is_not_counted(
+    tmp_path: Path, call: Call, tiny: Path, corpus: Path
+) -> None:
+    def texts(*words: object) -> dict[str, dict[str, int]]:
+        call("--model", tiny, "--corpus", corpus, "--report-only", "--output", tmp_path / "out",
+             "--overwrite", *words, *QUICK)  # fmt: skip
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        return {name: report["texts"][name] for name in ("corpus", "domain")}
+
+    found = texts()
+    assert found["corpus"]["documents"] + found["domain"]["documents"] == 60
+    assert 0 < found["domain"]["documents"] < 15
+    both = [*_documents(60, seed=1)[10:15], *_documents(7, seed=5)]
+    found = texts("--held-out", _write(tmp_path / "held_out.jsonl", both))
+    assert (found["corpus"]["documents"], found["domain"]["documents"]) == (55, 12)
+
+
+def test_a_corpus_too_small_to_hold_anything_out(tmp_path: Path, call: Call, tiny: Path) -> None:
+    corpus = _write(tmp_path / "one.jsonl", ["反应堆"])
+    shown = call(
+        "--model", tiny, "--corpus", corpus, "--num-tokens", 20, "--output", tmp_path / "out",
+        *QUICK, code=2,
+    )  # fmt: skip
+    assert "of its 1 documents, none" in shown and "--held-out" in shown
+
+
+def test_bits_per_byte_go_into_the_report(
+    tmp_path: Path, call: Call, tiny: Path, corpus: Path
+) -> None:
+    output = tmp_path / "out"
+    call("--model", tiny, "--corpus", corpus, "--report-only", "--output", output, *QUICK)
+    for name, values in (("before", (1.5, 1.25)), ("after", (2.0, 1.125))):
+        lines = [json.dumps({"val/domain/bits_per_byte": value}) + "\n" for value in values]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    call("compare", "--report", output, "--before", tmp_path / "before.jsonl",
+         "--after", tmp_path / "after.jsonl")  # fmt: skip
+    (row,) = json.loads((output / "report.json").read_text())["bits_per_byte"]
+    assert (row["before"], row["first"], row["after"]) == (1.25, 2.0, 1.125)
+    assert "1.125" in (output / "report.html").read_text()
