@@ -201,7 +201,7 @@ class SentencePieceExtender:
         return forms_of(
             terms,
             splitter=self._splitter(()),
-            encode=lambda text: self._segmenter.encode([text])[0],
+            encode=lambda text: self._segmenter.encode([text])[0].tolist(),
             reserved=self._reserved,
         )
 

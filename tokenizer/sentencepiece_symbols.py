@@ -70,12 +70,13 @@ class Segmenter:
         for text, token_id in bare.get_vocab().items():
             self._spellings[token_id] = text.encode()
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str]) -> list[array[int]]:
         """Encode normalised words."""
-        ids: list[list[int]] = []
+        ids: list[array[int]] = []
         for start in range(0, len(texts), _WORDS_AT_ONCE):
             some = list(texts[start : start + _WORDS_AT_ONCE])
-            ids += [e.ids for e in self._bare.encode_batch_fast(some, add_special_tokens=False)]
+            found = self._bare.encode_batch_fast(some, add_special_tokens=False)
+            ids += [array("i", encoding.ids) for encoding in found]
         return ids
 
     def encode_symbols(self, text: str, of_character: Mapping[str, int]) -> list[int]:
@@ -153,26 +154,27 @@ class Segmenter:
         self, parts: Sequence[Sequence[str]], of_character: Mapping[str, int]
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Give symbols, where each stretch without a cut begins, and which word it is from."""
-        known = list(dict.fromkeys(part for word in parts for part in word[::2] if part))
-        encodings = {"": list[int]()} | dict(zip(known, self.encode(known), strict=True))
-        symbols, starts, origins = array("i"), array("q", [0]), array("q")
-        for index, word in enumerate(parts):
+        known = list(dict.fromkeys(part for word in parts for part in word[::2]))
+        encodings = dict(zip(known, self.encode(known), strict=True))
+        flat, lengths = array("i"), array("q")
+        for word in parts:
+            before = len(flat)
             for number, part in enumerate(word):
-                found = encodings[part] if number % 2 == 0 else [of_character.get(part, -1)]
-                for symbol in found:
-                    if symbol >= self._size or symbol in self._pieces:
-                        symbols.append(symbol)
-                    elif len(symbols) > starts[-1]:
-                        starts.append(len(symbols))
-                        origins.append(index)
-            if len(symbols) > starts[-1]:
-                starts.append(len(symbols))
-                origins.append(index)
-        return (
-            np.frombuffer(symbols, dtype=np.int32) if symbols else np.empty(0, np.int32),
-            np.frombuffer(starts, dtype=np.int64),
-            np.frombuffer(origins, dtype=np.int64) if origins else np.empty(0, np.int64),
-        )
+                if number % 2 == 0:
+                    flat.extend(encodings[part])
+                else:
+                    flat.append(of_character.get(part, -1))
+            lengths.append(len(flat) - before)
+        symbols = np.array(flat, dtype=np.int32)
+        owners = np.repeat(np.arange(len(lengths)), np.array(lengths, dtype=np.int64))
+        # The last place is that of -1.
+        usable = np.zeros(self._size + len(of_character) + 1, dtype=bool)
+        usable[[*self._pieces, *of_character.values()]] = True
+        kept = usable[symbols]
+        goes_on = np.zeros(len(symbols), dtype=bool)
+        goes_on[1:] = kept[:-1] & (owners[1:] == owners[:-1])
+        starts = np.flatnonzero(~goes_on[kept])
+        return symbols[kept], np.append(starts, kept.sum()), owners[kept & ~goes_on]
 
 
 def _usage(parts: Sequence[Sequence[str]], words: Words) -> dict[str, tuple[int, int]]:

@@ -280,6 +280,43 @@ def test_files_without_tokenizer_json_are_converted_alike(bpe: Path, tmp_path: P
     assert new.encode_batch(chinese) == slow.encode(chinese)
 
 
+def test_all_else_in_the_directory_stays(bpe: Path, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "s", (bpe / "tokenizer.model").read_bytes())
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    backend.enable_truncation(77)
+    backend.save(str(source / "tokenizer.json"))
+    (source / "model.safetensors").write_bytes(b"not a tokenizer's")
+    write(source, extend(source, 10), tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        FILE_NAME,
+    }
+    before, after = (
+        json.loads((d / "tokenizer.json").read_text()) for d in (source, tmp_path / "new")
+    )
+    old, new = before.pop("model"), after.pop("model")
+    assert after == before
+    assert after["truncation"]["max_length"] == 77
+    assert new["merges"][: len(old["merges"])] == old["merges"]
+    assert {k: v for k, v in new.items() if k not in ("vocab", "merges")} == {
+        k: v for k, v in old.items() if k not in ("vocab", "merges")
+    }
+
+
+def test_a_fast_file_alone_is_extended_alike(bpe: Path, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "s", (bpe / "tokenizer.model").read_bytes())
+    (source / "tokenizer.model").unlink()
+    extension = extend(source, 30)
+    assert extension.new_tokens == extend(bpe, 30).new_tokens
+    (tmp_path / "new").mkdir()
+    open_extender(source).write(extension, tmp_path / "new")
+    assert Tokenizer.from_pretrained(tmp_path / "new").fingerprint() == extension.new_fingerprint
+    assert not (tmp_path / "new" / "tokenizer.model").exists()
+
+
 def test_ids_of_added_tokens_stay_and_new_ones_follow(tmp_path: Path) -> None:
     source = write_source(tmp_path / "s", train("bpe", byte_fallback=True), added=True)
     old, old_slow = opened(source)
