@@ -146,7 +146,7 @@ class GroupedOptimizer:
         """Fused AdamW counts steps by group, whether or not the group has gradients."""
         for leaf in leaves(self._optimizer):
             if not isinstance(leaf.optimizer, torch.optim.Adam):
-                for group in leaf.optimizer.param_groups:
+                for group in self._groups.of(leaf.optimizer):
                     group["step"] = self.steps[group["name"]]
 
     def _place(self, slot: Slot, parts: Sequence[tuple[Group, int, int]], *, tp_rank: int) -> Slot:

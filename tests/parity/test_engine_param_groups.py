@@ -373,6 +373,49 @@ def test_what_is_frozen_stays_bit_for_bit_and_then_moves(runs: Runs, name: str) 
     assert [r.frozen_moments for r in runs.ranks[name]] == [0.0] * len(runs.ranks[name])
 
 
+class _FusedLike(torch.optim.Optimizer):
+    """AdamW that keeps its books as the fused ones: one count a group, moments where needed."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        assert options.pop("adam_w_mode")
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            first, second = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(name, torch.zeros_like(param))
+                state["exp_avg"].lerp_(param.grad, 1 - first)
+                state["exp_avg_sq"].mul_(second).addcmul_(param.grad, param.grad, value=1 - second)
+                mean = state["exp_avg"] / (1 - first ** group["step"])
+                root = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt()
+                update = mean / (root + group["eps"]) + group["weight_decay"] * param
+                param.sub_(group["lr"] * update)
+
+
+@pytest.mark.parametrize("name", ["one", "one-rates-plain"])
+def test_optimizers_that_count_by_group(
+    plain: dict[str, Outcome],
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Transformer Engine's and Apex's do, and run only on CUDA."""
+    monkeypatch.setattr("megatron.core.optimizer.Adam", _FusedLike)
+    monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", False)
+    (result,) = _run({name: ONE[name]}, models, tmp_path).values()
+    reference = plain[ONE[name].groups]
+    assert result.losses == pytest.approx(reference.losses, rel=FP32_PARALLEL_RTOL)
+    assert result.norms == pytest.approx(reference.grad_norms, rel=FP32_PARALLEL_RTOL)
+
+
 def test_clipping_and_the_norm_know_only_what_trains(plain: dict[str, Outcome]) -> None:
     """The reference crosses the limit of 3.5 while everything trains and not before."""
     norms = plain["warm-up"].grad_norms
