@@ -74,6 +74,8 @@ class FastIds:
         self._segments = self._cut_at_ideographs(kept, name)
         self._backend: Any = None
         self._open()
+        del kept
+        _return_freed_memory()  # copies of the process would keep it
 
     def _cut_at_ideographs(self, definition: dict[str, Any], name: str) -> HanSegments | None:
         try:
@@ -101,7 +103,8 @@ class FastIds:
         Returns:
             Their places.
         """
-        suspects = [i for i, t in enumerate(utf8) if t.translate(None, _SETTLED_BYTES)]
+        others = [i for i, text in enumerate(texts) if not text.isascii()]
+        suspects = [i for i in others if utf8[i].translate(None, _SETTLED_BYTES)]
         return [i for i in suspects if not _is_settled(texts[i])]
 
     def encode(self, texts: Sequence[str], utf8: Sequence[bytes]) -> Flat:

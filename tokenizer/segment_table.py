@@ -72,15 +72,15 @@ class SegmentTable:
             self._codes = np.full(size, UNKNOWN)
             self._shift = np.uint64(65 - size.bit_length())
         slot = self._first_slot(keys)
-        owner = np.full(len(self._codes), -1, dtype=np.int64)
-        waiting = np.arange(len(codes))
-        while len(waiting):
-            free = self._slots[0, slot] == 0
-            owner[slot[free]] = waiting[free]  # of several, one wins
-            won = owner[slot] == waiting
-            self._slots[:, slot[won]] = keys[:, waiting[won]]
-            self._codes[slot[won]] = codes[waiting[won]]
-            waiting, slot = waiting[~won], self._next(slot[~won])
+        while len(codes):
+            free = np.flatnonzero(self._slots[0].take(slot) == 0)
+            taken, first = np.unique(slot[free], return_index=True)  # of several, one wins
+            winners = free[first]
+            self._slots[:, taken] = keys[:, winners]
+            self._codes[taken] = codes[winners]
+            waits = np.ones(len(codes), dtype=bool)
+            waits[winners] = False
+            keys, codes, slot = keys[:, waits], codes[waits], self._next(slot[waits])
 
     def _holds(self, slot: Ints, keys: Keys) -> npt.NDArray[np.bool_]:
         same: npt.NDArray[np.bool_] = self._slots[0].take(slot) == keys[0]
