@@ -1,7 +1,8 @@
 """What the first N new tokens do to held-out text, for several N: measured, not estimated.
 
-For each N the files of that tokenizer are written and texts are really encoded with it. What the
-figures mean for a model is in ``cost.py``, which N to take in ``recommend.py``.
+For each N there is a tokenizer, and texts are really encoded with it: the largest is read from its
+files, smaller ones are its beginning (``prefix.py``). What the figures mean for a model is in
+``cost.py``, which N to take in ``recommend.py``.
 """
 
 import re
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from megatron_cgn.errors import ConfigError
 from megatron_cgn.vocabulary.held_out import HeldOut, language
+from megatron_cgn.vocabulary.prefix import first_tokens_only
 from megatron_cgn.vocabulary.uses import Counter, SampledWords, sample_words
 from tokenizer.extend import Extender
 from tokenizer.extension import Extension
@@ -128,28 +130,38 @@ def sweep(
     sampled = None if words is None else sample_words(words)
     points: list[SweepPoint] = []
     before: list[Lengths] = []
-    tokenizer, shown = extender.tokenizer, _sentences(domain)
-    with tempfile.TemporaryDirectory(prefix="vocabulary-") as directory:
-        for size in usable:
-            if size:
-                target = Path(directory) / str(size)
-                target.mkdir()
-                extender.write(extension, target, num_tokens=size)
-                tokenizer = Tokenizer.from_pretrained(target)
-            counter = Counter(
-                tokenizer, old_vocab_size=extension.old_vocab_size, kind=extender.kind
+    shown = _sentences(domain)
+    largest = _largest(extender, extension, usable[-1])
+    definition = largest.definition()
+    for size in usable:
+        tokenizer = largest
+        if size < usable[-1]:
+            vocab_size = extension.old_vocab_size + size
+            tokenizer = (
+                first_tokens_only(definition, vocab_size, name=largest.name)
+                if size
+                else extender.tokenizer
             )
-            point = _point(counter, size, extension, domain, general, sampled, before)
-            points.append(replace(point, examples=tuple(map(tuple, tokenizer.encode_batch(shown)))))
-            if progress is not None:
-                progress(len(points), len(usable))
-        agreement = _compare(extender.tokenizer, tokenizer, extension, domain.texts)
+        counter = Counter(tokenizer, old_vocab_size=extension.old_vocab_size, kind=extender.kind)
+        point = _point(counter, size, extension, domain, general, sampled, before)
+        points.append(replace(point, examples=tuple(map(tuple, tokenizer.encode_batch(shown)))))
+        if progress is not None:
+            progress(len(points), len(usable))
     return Sweep(
         points=tuple(points),
-        agreement=agreement,
+        agreement=_compare(extender.tokenizer, largest, extension, domain.texts),
         corpus_bytes=None if words is None else words.text_bytes,
         examples=tuple(shown),
     )
+
+
+def _largest(extender: Extender, extension: Extension, size: int) -> Tokenizer:
+    """The tokenizer of the largest size, as its files define it."""
+    if size == 0:
+        return extender.tokenizer
+    with tempfile.TemporaryDirectory(prefix="vocabulary-") as directory:
+        extender.write(extension, Path(directory), num_tokens=size)
+        return Tokenizer.from_pretrained(directory)
 
 
 def usable_sizes(extension: Extension, sizes: Sequence[int]) -> list[int]:

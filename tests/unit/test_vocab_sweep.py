@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_cgn.errors import ConfigError, DataError
 from megatron_cgn.vocabulary.held_out import CHINESE, LATIN, OTHER, HeldOut, language, read_held_out
+from megatron_cgn.vocabulary.prefix import first_ids, first_tokens_only
 from megatron_cgn.vocabulary.sweep import ALL, Sweep, sweep, usable_sizes
 from megatron_cgn.vocabulary.uses import Counter, SampledWords, sample_words
 from tokenizer.extension import Extension, NewToken, Term
@@ -170,6 +171,33 @@ def test_a_wrong_record_of_old_ids_is_found(extender: HandMade) -> None:
         sizes=(3,),
     )
     assert found.agreement.differing == 1
+
+
+def test_the_beginning_of_an_extension_is_what_its_files_would_be(
+    extender: HandMade, tmp_path: Path
+) -> None:
+    for size in (3, 1):
+        extender.write(extender.extension(), tmp_path / str(size), num_tokens=size)
+    largest = Tokenizer.from_pretrained(tmp_path / "3")
+    made = first_tokens_only(largest.definition(), 258, name="first")
+    assert made.fingerprint() == Tokenizer.from_pretrained(tmp_path / "1").fingerprint()
+    assert made.encode("abc xy") == [257, *b"c xy"]
+
+
+def test_the_beginning_drops_merges_that_need_later_tokens() -> None:
+    definition = {
+        "model": {
+            "vocab": {"a": 0, "b": 1, "c": 2, "abc": 3, "ab": 4, "bc": 5},
+            "merges": ["a b", ["b", "c"], "ab c", "a bc"],
+        },
+        "added_tokens": [{"id": 2}, {"id": 6}],
+    }
+    assert first_ids(definition, 5) == {
+        "model": {"vocab": {"a": 0, "b": 1, "c": 2, "abc": 3, "ab": 4}, "merges": ["a b", "ab c"]},
+        "added_tokens": [{"id": 2}],
+    }
+    pieces = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": []}
+    assert first_ids(pieces, 1)["model"]["vocab"] == [["a", -1.0]]
 
 
 def test_progress_tells_every_tokenizer(extender: HandMade) -> None:
