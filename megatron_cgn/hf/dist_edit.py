@@ -64,6 +64,7 @@ class StoredMatrix:
         self.num_rows, self.width = stored.size
         self.files = sorted({chunk.file for chunk in chunks})
         maps = {file: MappedFile(file) for file in self.files}
+        self._places = [(maps[chunk.file], chunk.start_byte) for chunk in chunks]
         self._views = [
             maps[chunk.file].view(chunk.dtype, chunk.sizes, offset=chunk.start_byte)
             for chunk in chunks
@@ -84,10 +85,18 @@ class StoredMatrix:
 
     def read(self, rows: slice, *, into: Tensor) -> None:
         """Copy stored rows into ``[rows, width]`` of the same type."""
-        for start, view in zip(self._starts, self._views, strict=True):
+        row_bytes = self.width * self.dtype.itemsize
+        for start, view, (mapped, first_byte) in zip(
+            self._starts, self._views, self._places, strict=True
+        ):
             low, high = max(rows.start, start), min(rows.stop, start + len(view))
             if low < high:
                 into[low - rows.start : high - rows.start] = view[low - start : high - start]
+                mapped.drop(
+                    offset=first_byte + (low - start) * row_bytes,
+                    num_bytes=(high - low) * row_bytes,
+                    for_all=False,
+                )
 
 
 class DistEdit:

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -163,6 +164,7 @@ class _Work:
         self._sides = sides
         self._maker = maker
         self._progress = progress
+        self._one_at_a_time = threading.Lock()
 
     def plan(self, file: Path) -> ShardPlan | None:
         """Lay out a file with more rows; None for a file that stays as it is."""
@@ -189,7 +191,9 @@ class _Work:
             writer = ShardWriter(directory, plan)
             for name, place in read_header(file).items():
                 if name in self._sides:
-                    self._write_matrix(writer, name, place)
+                    # The rows of both matrices need not be in memory at once.
+                    with self._one_at_a_time:
+                        self._write_matrix(writer, name, place)
                 else:
                     self._copy(writer, name, place, slice(0, place.num_bytes))
             writer.close()

@@ -6,7 +6,7 @@ file, and all files of the old checkpoint are linked rather than copied. A check
 70 billion parameters is resized in seconds, and needs disk space for those chunks alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,14 +108,16 @@ def resize_checkpoint(
     target = directory_to_write(target, error=CheckpointError)
     check_free_space(target, _needed_bytes(source, target, matrices, rows), error=CheckpointError)
     maker = row_maker(extension, config, method=method, seed=seed)
+    keys = tuple(stored.key for matrix in matrices for stored in matrix.stored)
     with new_directory(target, error=CheckpointError) as work:
         (work / HF_DIRECTORY).mkdir()
         write_tokenizer(work / HF_DIRECTORY)
         copy_others(hf, work / HF_DIRECTORY)
         write_json(work / HF_DIRECTORY / "config.json", resized_config(config, rows))
         edit = DistEdit(reader, work / DIST_DIRECTORY)
-        for matrix in matrices:
-            _resize(matrix, edit, maker, rows, sides[matrix.key], progress)
+        while matrices:
+            # Let go of one matrix's mapped rows before the next one's.
+            _resize(matrices.pop(0), edit, maker, rows, sides, progress)
         written, linked = edit.finish()
         for file in source.iterdir():
             if file.is_file() and file.name != CHECKPOINT_FILE:
@@ -129,7 +131,7 @@ def resize_checkpoint(
         old_rows=rows.old,
         rows=rows.new,
         tied=tied,
-        tensors=tuple(stored.key for matrix in matrices for stored in matrix.stored),
+        tensors=keys,
         written_bytes=written,
         linked_bytes=linked,
     )
@@ -223,13 +225,13 @@ def _resize(
     edit: DistEdit,
     maker: RowMaker,
     rows: Rows,
-    side: Side,
+    sides: Mapping[str, Side],
     progress: Progress,
 ) -> None:
     """Write a matrix and its optimizer state."""
     made = torch.empty(rows.new_vocab - rows.old_vocab, matrix.exact.width)
     position = 0
-    for block in maker.blocks(OldRows(matrix.exact.parts(rows.old_vocab)), side):
+    for block in maker.blocks(OldRows(matrix.exact.parts(rows.old_vocab)), sides[matrix.key]):
         made[position : position + len(block)] = block
         position += len(block)
     for stored in matrix.stored:

@@ -33,7 +33,7 @@ METHODS: tuple[InitMethod, ...] = get_args(InitMethod)
 Side = Literal["input", "output", "both"]
 """The embedding, the output layer, or the one matrix of a tied model that is both."""
 
-_BLOCK_ROWS = 2048
+_BLOCK_ROWS = 1024
 """Old rows taken at once where all of them count; a part of the seed of ``gaussian``."""
 _BLOCK_TOKENS = 1024
 """New rows made at once."""
