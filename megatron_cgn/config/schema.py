@@ -207,6 +207,10 @@ class CheckpointConfig:
     """``auto`` goes on from the latest checkpoint if there is one; ``required`` insists."""
     save_optimizer: bool = True
     """Whether checkpoints hold optimizer state (needed to go on training exactly)."""
+    load_optimizer: bool = False
+    """Whether the first step finds the optimizer state of ``model.hf_path``, which must be a
+    checkpoint then, e.g. one whose vocabulary was extended. Data, steps and the learning-rate
+    schedule begin anew all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -293,6 +293,11 @@ def _checkpoint(run: RunConfig) -> Iterator[str]:
         value = getattr(run.checkpoint, name)
         if value is not None and value < 1:
             yield _at_least(f"checkpoint.{name}", 1, run)
+    if run.checkpoint.load_optimizer and run.model.init != "from_hf":
+        yield (
+            "checkpoint.load_optimizer: true, but optimizer state belongs to weights, and "
+            f"model.init={run.model.init} draws others; set model.init=from_hf."
+        )
     if not run.checkpoint.save_optimizer and run.checkpoint.interval_steps is not None:
         yield (
             "checkpoint.save_optimizer: false, but a run cannot go on from the checkpoints of "

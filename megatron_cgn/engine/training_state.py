@@ -248,19 +248,50 @@ class TrainingState:
                 "training cannot go on from it. Use it as a starting model instead."
             )
         ckpt.check_tensors(directory, info)
-        sharded = self.model_state()
-        sharded["optimizer"] = optimizer_state.empty_optimizer_state(
-            self._slots, self.model_state(), with_master=info.has_master_weights
-        )
         same_layout = dict(info.layout) == self._layout()
+        more: ShardedStateDict = {}
         if same_layout:
-            sharded["rng"] = ckpt.per_rank_object("rng_state", None)
+            more["rng"] = ckpt.per_rank_object("rng_state", None)
         elif dist.get_rank() == 0:
             logger.warning(
                 "%s was written under another layout (%s): random states start anew",
                 directory.name,
                 ", ".join(f"{k}={v}" for k, v in info.layout.items()),
             )
+        loaded = self._read_exactly(directory, info, more)
+        if same_layout:
+            set_rng_state(loaded["rng"])
+        self.step = info.step
+        self.consumed_sequences = info.consumed_sequences
+
+    def start_optimizer(self, directory: Path) -> None:
+        """Take weights and optimizer state from a checkpoint, but neither step nor position.
+
+        For a run with other data than the checkpoint's: one whose vocabulary was extended, for
+        which all data is indexed anew. Call it after `prepare_training`.
+
+        Args:
+            directory: A checkpoint directory of any layout.
+
+        Raises:
+            CheckpointError: If it is damaged or holds no optimizer state.
+        """
+        info = ckpt.read_info(directory)
+        if not info.has_optimizer:
+            raise CheckpointError(
+                f"{directory}: holds no optimizer state; set checkpoint.load_optimizer=false"
+            )
+        ckpt.check_tensors(directory, info)
+        self._read_exactly(directory, info, {})
+
+    def _read_exactly(
+        self, directory: Path, info: ckpt.CheckpointInfo, more: ShardedStateDict
+    ) -> dict[str, Any]:
+        """Read weights and optimizer state, and `more` with them; return what was loaded."""
+        sharded = self.model_state() | more
+        sharded["optimizer"] = optimizer_state.empty_optimizer_state(
+            self._slots, self.model_state(), with_master=info.has_master_weights
+        )
         loaded = ckpt.load_checkpoint(directory, sharded)
         self._put_weights(loaded)
         exact = dict(loaded["optimizer"])
@@ -278,11 +309,8 @@ class TrainingState:
         for leaf, scaler in zip(leaves(self._optimizer), loaded["grad_scaler"], strict=False):
             if scaler is not None and getattr(leaf, "grad_scaler", None):
                 leaf.grad_scaler.load_state_dict(scaler)
-        if same_layout:
-            set_rng_state(loaded["rng"])
-        self.step = info.step
         self._optimizer_steps = info.optimizer_steps
-        self.consumed_sequences = info.consumed_sequences
+        return loaded
 
     def _put_weights(self, loaded: dict[str, Any]) -> None:
         """Copy loaded tensors into the model; most were filled in place already."""

@@ -18,7 +18,7 @@ from megatron_cgn.engine.checkpoint import is_checkpoint, read_info
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.group_selection import configured_groups
 from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
-from megatron_cgn.errors import ConfigError, ModelError
+from megatron_cgn.errors import CheckpointError, ConfigError, ModelError
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.export import export_weights
 from megatron_cgn.hf.load import load_weights
@@ -96,9 +96,14 @@ def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer
         )
     start = start_path(run)
     if run.model.init == "from_hf":
-        if is_checkpoint(start):
-            read_info(start)
-        else:
+        has_optimizer = is_checkpoint(start) and read_info(start).has_optimizer
+        if run.checkpoint.load_optimizer and not has_optimizer:
+            raise CheckpointError(
+                f"{start}: holds no optimizer state, which checkpoint.load_optimizer=true asks "
+                "for; give a checkpoint of a run with checkpoint.save_optimizer=true as "
+                "model.hf_path, or set checkpoint.load_optimizer=false"
+            )
+        if not is_checkpoint(start):
             open_weights(start, architecture)
 
 
@@ -116,6 +121,12 @@ def load_start(engine: Engine) -> None:
             architecture=engine.architecture,
             groups=engine.state.groups,
         )
+
+
+def start_optimizer(engine: Engine) -> None:
+    """Give the optimizer the state of ``model.hf_path`` if the configuration asks for it."""
+    if engine.run.checkpoint.load_optimizer:
+        engine.start_optimizer(start_path(engine.run))
 
 
 def copy_hf_files(source: Path, target: Path) -> None:

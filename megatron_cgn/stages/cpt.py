@@ -69,6 +69,7 @@ def run(run: RunConfig) -> None:
     engine = Engine(run, architecture, state, total_steps=plan.total_steps)
     common.load_start(engine)
     engine.prepare_training()
+    common.start_optimizer(engine)
     _train(engine, data, tokenizer)
     common.show_outcome(run, common.export(engine))
 

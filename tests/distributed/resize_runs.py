@@ -34,7 +34,9 @@ class Job:
     name: str
     layout: Layout
     start: str | None = None
-    """Job whose resized checkpoint is resumed; None starts anew."""
+    """Job whose resized checkpoint is gone on from; None starts anew."""
+    resumes: bool = True
+    """Whether step and position go on too, or the weights and the optimizer alone."""
 
 
 def run_jobs(root: Path, models: dict[str, Path], jobs: Sequence[Job]) -> dict[str, list[float]]:
@@ -82,7 +84,11 @@ def _run(root: Path, models: dict[str, Path], job: Job) -> list[float]:
         dist.barrier()
     else:
         (directory,) = (root / f"{job.start}-resized").glob("step_*")
-        engine.resume(directory, fit=FIT)
+        if job.resumes:
+            engine.resume(directory, fit=FIT)
+        else:
+            engine.start_optimizer(directory)
+        assert engine.step == (BEFORE if job.resumes else 0)
         engine.save(root / job.name, fit=FIT, hf_files=_hf_files(models[kind]))
         losses = _train(engine, range(BEFORE, BEFORE + AFTER), num_ids=EXTENSION.new_vocab_size)
     release_engine(engine)

@@ -68,6 +68,14 @@ class Runs:
                 Job(name=f"{name}-{other}", layout=LAYOUTS[other].of(**like), start=name)
                 for other in others
             ]
+        jobs.append(
+            Job(
+                name="fp32-llama-anew",
+                layout=LAYOUTS["one"].of(precision="fp32", model="llama"),
+                start="fp32-llama",
+                resumes=False,
+            )
+        )
         self.losses: list[dict[str, list[float]]] = run_distributed(
             run_jobs, 4, root, models, jobs, timeout_s=1200
         )
@@ -109,6 +117,16 @@ def test_old_rows_and_other_tensors_stay_and_new_rows_are_means(runs: Runs, name
 def test_every_layout_reads_what_was_written(runs: Runs, start: str, _: str, name: str) -> None:
     written, read = runs.tensors(f"{start}-resized", ROWS), runs.tensors(name, ROWS)
     assert unequal(read, written) == []
+
+
+def test_a_run_that_begins_anew_may_take_the_optimizer_over(runs: Runs) -> None:
+    """As ``checkpoint.load_optimizer`` does it: the same tensors, at step 0."""
+    name = "fp32-llama-anew"
+    assert (runs.root / name / "step_0000000").is_dir()
+    assert unequal(runs.tensors(name, ROWS), runs.tensors("fp32-llama-resized", ROWS)) == []
+    # Its rates are those of the first steps, and the moments are those of a run that resumes.
+    losses = runs.losses[0]
+    assert losses[name][0] == pytest.approx(losses["fp32-llama-tp2-pp2"][0], rel=FP32_PARALLEL_RTOL)
 
 
 def test_training_goes_on_alike_on_every_layout(runs: Runs) -> None:

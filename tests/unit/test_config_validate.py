@@ -358,6 +358,11 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         1,
         ["checkpoint.save_optimizer: false", "checkpoint.interval_steps"],
     ),
+    "optimizer-of-other-weights": (
+        {"checkpoint.load_optimizer": True, "model.init": "random"},
+        1,
+        ["checkpoint.load_optimizer: true", "model.init=random"],
+    ),
     "wsd-without-decay": (
         {"optim.schedule": "wsd"},
         1,

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hf_samples import assert_same_bytes, read_tensors, write_sample
 from resize_samples import extension, tokenizer_of
 
+from megatron_cgn.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf import to_megatron
 from megatron_cgn.hf.checkpoint_layout import read_info
@@ -19,6 +21,7 @@ from megatron_cgn.hf.resize import resize_hf
 from megatron_cgn.hf.resize_checkpoint import resize_checkpoint
 from megatron_cgn.hf.to_hf import convert_to_hf
 from megatron_cgn.hf.to_megatron import convert_to_megatron
+from megatron_cgn.stages.common import check_start, open_architecture
 
 SETTINGS: dict[str, Any] = {"make_vocab_size_divisible_by": 8}
 ROW_BYTES = 24 * 2
@@ -180,3 +183,20 @@ def test_faults_of_the_user(tmp_path: Path, pieces: Sequence[Sequence[int]]) -> 
     with pytest.raises(Exception, match="extend the vocabulary again"):
         _resize(source, tmp_path / "new", bad)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt", "old"]
+
+
+def test_a_run_cannot_load_an_optimizer_that_is_not_there(tmp_path: Path) -> None:
+    source = _checkpoint(tmp_path)
+    _resize(source, tmp_path / "new")
+    tokenizer: Any = SimpleNamespace(vocab_size=73)
+    for start in (tmp_path / "new", tmp_path / "old"):
+        run = RunConfig(
+            output_dir=str(tmp_path / "run"),
+            model=ModelConfig(hf_path=str(start)),
+            data=DataConfig(seq_length=32),
+            checkpoint=CheckpointConfig(load_optimizer=True),
+        )
+        with pytest.raises(
+            CheckpointError, match="optimizer state, which checkpoint.load_optimizer"
+        ):
+            check_start(run, open_architecture(run), tokenizer)
