@@ -80,6 +80,11 @@ class ByteLevelVocabulary:
         """Texts of the added tokens."""
         return frozenset(token["content"] for token in self.added)
 
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """Texts of those that ordinary text never becomes."""
+        return frozenset(token["content"] for token in self.added if token["special"])
+
     def refuse_spelt_tokens(self, split: Callable[[str], Sequence[str]], *, name: str) -> None:
         """Refuse a tokenizer whose special tokens could be made from ordinary text once extended.
 

@@ -106,7 +106,10 @@ def kind_of(directory: str | Path) -> Kind:
     path = Path(directory)
     has_pieces = (path / "tokenizer.model").is_file()
     if (path / "tokenizer.json").is_file():
-        return _kind_of_definition(_read_definition(path / "tokenizer.json"), path, has_pieces)
+        definition = _read_definition(path / "tokenizer.json")
+        if "type" not in definition["model"]:  # old files; the library finds it out
+            definition = Tokenizer.from_pretrained(path).definition()
+        return _kind_of_definition(definition, path, has_pieces)
     if has_pieces:
         return _kind_of_pieces(path / "tokenizer.model")
     tiktoken = sorted(path.glob("*.tiktoken")) if path.is_dir() else []

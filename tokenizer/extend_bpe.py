@@ -53,7 +53,7 @@ class ByteLevelExtender:
 
     def splitter(self, terms: Sequence[str] = ()) -> Splitter:
         """Give what cuts texts into the words that `extend` counts; see the protocol."""
-        cut = [term for term in self._checked(terms) if len(self._split(term)) > 1]
+        cut = list(self._plan(terms).added)
         return TermSplitter(self._definition.actual, terms=cut) if cut else self._split
 
     def extend(
@@ -68,7 +68,7 @@ class ByteLevelExtender:
     ) -> Extension:
         """Choose new tokens; see the protocol."""
         size = self._vocabulary.size
-        plan = plan_terms(self._checked(terms), vocabulary=self._vocabulary, split=self._split)
+        plan = self._plan(terms)
         if plan.num_ids > num_tokens:
             raise DataError(
                 f"The terms need {plan.num_ids:,} new ids ({len(plan.pairs):,} by merges, steps "
@@ -107,14 +107,21 @@ class ByteLevelExtender:
                 f"{self.tokenizer.fingerprint()}, not {extension.old_fingerprint}. Extend again."
             )
         taken = first_tokens(extension, num_tokens)
+        # Terms of other ways are made by merges, or were there.
         added = {term.text: term.id for term in taken.terms if term.way == "added_token"}
         definition = self._extended(taken.new_tokens, added)
-        taken = replace(taken, new_fingerprint=definition.open().fingerprint())
+        if taken is not extension:
+            taken = replace(taken, new_fingerprint=definition.open().fingerprint())
         write_files(definition, taken, source=self._directory, directory=directory)
 
-    def _checked(self, terms: Sequence[str]) -> list[str]:
-        added = self.tokenizer.added_tokens()
-        return check_terms(terms, normalize=self._definition.normalize, added=added)
+    def _plan(self, terms: Sequence[str]) -> TermPlan:
+        checked = check_terms(
+            terms,
+            normalize=self._definition.normalize,
+            added=self._vocabulary.added_texts,
+            special=self._vocabulary.special_texts,
+        )
+        return plan_terms(checked, vocabulary=self._vocabulary, split=self._split)
 
     def _merges(
         self, words: Words, plan: TermPlan, rules: Rules, refused: Counter[str]

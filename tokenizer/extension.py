@@ -50,7 +50,8 @@ class Term:
     occurrences: int
     """How often the corpus has it."""
     whole: int
-    """How many of those come out as the single token; others are cut by what is around them."""
+    """How many of those come out as the single token; others are in a longer token, or are cut by
+    what is around them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

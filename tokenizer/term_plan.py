@@ -64,40 +64,47 @@ def plan_terms(terms: Sequence[str], *, vocabulary: ByteLevelVocabulary, split: 
     Returns:
         The plan.
     """
-    forms = {term: _forms(term, split) for term in terms}
+    old = {t: (vocabulary.tokens[t],) for t in terms if t in vocabulary.added_texts}
+    forms = {term: _forms(term, split) for term in terms if term not in old}
     pieces = _pieces(vocabulary, [form for some in forms.values() for form in some])
-    plan = TermMerges(vocabulary.spellings)
-    merged: dict[str, tuple[int, ...]] = {}
-    existing: dict[str, tuple[int, ...]] = {}
-    impossible = [term for term, some in forms.items() if not some]
-    # Short ones first, so that they are steps of longer ones.
-    for term in sorted(terms, key=lambda t: max((len(pieces[f]) for f in forms[t]), default=0)):
-        if not forms[term]:
-            continue
-        some = [pieces[form] for form in forms[term]]
-        symbols = plan.add(some) or plan.add(some[:1])
-        if symbols is None:
-            impossible.append(term)
-        elif max(symbols) < vocabulary.size:
-            existing[term] = tuple(symbols)
-        else:
-            merged[term] = tuple(symbols)
+    impossible = {term for term, some in forms.items() if not some}
+    while True:
+        joined = {t: [pieces[f] for f in some] for t, some in forms.items() if t not in impossible}
+        merges, found = _join(joined, vocabulary)
+        impossible |= joined.keys() - found.keys()
+        # An added token is found inside longer terms too, and would cut them.
+        cut = {term for term in found if any(short in term for short in impossible)}
+        if not cut:
+            break
+        impossible |= cut
     added: dict[str, int] = {}
-    next_id = vocabulary.size + len(plan.pairs)
+    next_id = vocabulary.size + len(merges)
     for term in terms:
-        if term in vocabulary.added_texts:
-            existing[term] = (vocabulary.tokens[term],)
-        elif term in impossible:
+        if term in impossible:
             added[term] = vocabulary.tokens.get(term, next_id)
             next_id += added[term] == next_id
     return TermPlan(
         first_id=vocabulary.size,
-        pairs=tuple(plan.pairs),
-        merged=merged,
+        pairs=merges,
+        merged={term: ids for term, ids in found.items() if max(ids) >= vocabulary.size},
         added=added,
-        existing=existing,
+        existing=old | {t: ids for t, ids in found.items() if max(ids) < vocabulary.size},
         order=tuple(terms),
     )
+
+
+def _join(
+    pieces: Mapping[str, Sequence[Sequence[int]]], vocabulary: ByteLevelVocabulary
+) -> tuple[tuple[Pair, ...], dict[str, tuple[int, ...]]]:
+    """Merges for terms, from the old pieces of their forms; and the ids of those they make."""
+    plan = TermMerges(vocabulary.spellings)
+    found: dict[str, tuple[int, ...]] = {}
+    # Short ones first, so that they are steps of longer ones.
+    for term in sorted(pieces, key=lambda term: max(map(len, pieces[term]))):
+        symbols = plan.add(pieces[term]) or plan.add(pieces[term][:1])
+        if symbols is not None:
+            found[term] = tuple(symbols)
+    return tuple(plan.pairs), found
 
 
 def check_plan(plan: TermPlan, *, extended: Tokenizer, words: Words) -> tuple[Term, ...]:

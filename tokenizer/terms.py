@@ -4,7 +4,7 @@ How a term becomes a token is each kind of tokenizer's own affair; for merges, s
 ``term_merges.py``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,11 @@ def read_terms(path: str | Path) -> list[str]:
 
 
 def check_terms(
-    terms: Sequence[str], *, normalize: Callable[[str], str], added: Sequence[str]
+    terms: Sequence[str],
+    *,
+    normalize: Callable[[str], str],
+    added: Collection[str],
+    special: Collection[str] = (),
 ) -> list[str]:
     """Check terms against a tokenizer.
 
@@ -65,6 +69,7 @@ def check_terms(
         terms: As given by the user.
         normalize: What its normaliser does to a text.
         added: Its added tokens.
+        special: Those of them that ordinary text never becomes.
 
     Returns:
         The terms without repetitions.
@@ -74,7 +79,7 @@ def check_terms(
     """
     faults = []
     for term in dict.fromkeys(terms):
-        fault = fault_of(term) or _fault_for(term, normalize, added)
+        fault = fault_of(term) or _fault_for(term, normalize, added, special)
         if fault is not None:
             faults.append(f"{_show(term)}: {fault}")
     if faults:
@@ -101,10 +106,17 @@ def fault_of(term: str) -> str | None:
     return None
 
 
-def _fault_for(term: str, normalize: Callable[[str], str], added: Sequence[str]) -> str | None:
-    for token in added:
-        if token in term and token != term:
-            return f"it holds the added token {token!r}"
+def _fault_for(
+    term: str,
+    normalize: Callable[[str], str],
+    added: Collection[str],
+    special: Collection[str],
+) -> str | None:
+    if term in special:
+        return "it is a special token, which text never becomes"
+    held = sorted(token for token in added if token in term and token != term)
+    if held:
+        return f"it holds the added token {held[0]!r}"
     normal = normalize(term)
     return None if normal == term else f"the tokenizer's normaliser makes {normal!r} of it"
 

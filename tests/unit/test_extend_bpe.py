@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Backend
 from megatron_cgn.errors import ConfigError, DataError
 from tests.unit.data_samples import TEXTS, sentencepiece_tokenizer
 from tests.unit.extension_samples import documents, llama_like, qwen_like, write_tokenizer
+from tokenizer.bpe_vocabulary import spell
 from tokenizer.extend import Extender, kind_of, open_extender
 from tokenizer.extend_bpe import pairs_of
 from tokenizer.extension import FILE_NAME, Extension
@@ -307,8 +308,42 @@ def test_a_term_that_is_a_token_costs_nothing(qwen: Extender) -> None:
     assert all(token.origin == "corpus" for token in extension.new_tokens if token.text)
 
 
+def test_a_term_whose_spelling_is_taken_becomes_an_added_token(tmp_path: Path) -> None:
+    source = qwen_like(tmp_path / "old")
+    content = read(source)
+    spelt = spell("反应堆".encode())
+    content["model"]["vocab"][spelt] = len(content["model"]["vocab"])  # no merge leads to it
+    for token in content["added_tokens"]:
+        token["id"] += 1
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        (source / name).unlink()
+    extender = open_extender(source)
+    terms = ["反应堆", "反应堆冷却剂"]
+    extension = extend(extender, count(extender, CORPUS, terms), 60, terms)
+    # The longer one would be cut by it, and becomes one too.
+    assert [term.way for term in extension.terms] == ["added_token", "added_token"]
+    extender.write(extension, tmp_path)
+    ids = Tokenizer.from_pretrained(tmp_path).encode_batch(CORPUS)
+    for term in extension.terms:
+        made = sum(some.count(term.id) for some in ids)
+        assert term.whole == made > 0
+        assert term.occurrences == "".join(CORPUS).count(term.text)
+        assert extension.new_tokens[term.id - extension.old_vocab_size].frequency == made
+
+
 def test_terms_that_cannot_be_made_are_named_together(qwen: Extender) -> None:
-    bad = ["", " x", "a<think>b", "e\u0301tat", "x" * 65, "a\x00b", "\ud800", "锆\ufffd"]
+    bad = [
+        "",
+        " x",
+        "<|im_end|>",
+        "a<think>b",
+        "e\u0301tat",
+        "x" * 65,
+        "a\x00b",
+        "\ud800",
+        "锆\ufffd",
+    ]
     with pytest.raises(DataError) as caught:
         qwen.splitter([*bad, "锆合金"])
     message = str(caught.value)
@@ -316,6 +351,7 @@ def test_terms_that_cannot_be_made_are_named_together(qwen: Extender) -> None:
         "it is empty",
         "white space around it",
         "the added token '<think>'",
+        "it is a special token",
         "normaliser makes 'état' of it",
         "65 characters",
         "control character",
