@@ -11,13 +11,13 @@ import json
 import logging
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, Self
 
 import regex
 from tokenizers import Tokenizer as Backend
 
 from tokenizer.hard_texts import hard_texts
+from tokenizer.joined_pairs import byte_characters
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _SAMPLE_CHARACTERS = 20_000
 # What the byte-level step itself splits by: GPT-2's expression, documented with its vocabulary.
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+_BYTE_OF = {letter: byte for byte, letter in enumerate(byte_characters())}
 
 Cut = Callable[[str], list[str]]
 
@@ -131,9 +133,8 @@ class ByteLevelSplitter:
     def _cut_by_backend(self, text: str) -> list[str]:
         if self._backend.pre_tokenizer is None:
             return [text] if text else []
-        byte_of = _byte_of_letter()
         pieces = self._backend.pre_tokenizer.pre_tokenize_str(text)
-        return [bytes(map(byte_of.__getitem__, piece)).decode() for piece, _ in pieces]
+        return [bytes(map(_BYTE_OF.__getitem__, piece)).decode() for piece, _ in pieces]
 
     @staticmethod
     def _without(pattern: "regex.Pattern[str] | None", text: str) -> Iterator[str]:
@@ -242,11 +243,3 @@ def _isolate(expression: str) -> Cut:
         return pieces if sum(map(len, pieces)) == len(text) else cut_exactly(text)
 
     return cut
-
-
-@cache
-def _byte_of_letter() -> dict[str, int]:
-    """The byte-level alphabet: printable bytes stand for themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

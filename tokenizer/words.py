@@ -24,7 +24,11 @@ _CHARACTERS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """Distinct words: the most frequent first, equals by their text."""
+    """Distinct words: the most frequent first, equals by their text.
+
+    Chinese is cut at punctuation and hardly ever repeats what is between: 100 MB of technical text
+    have two million distinct words, which take 0.4 GB, and as much again while they are merged.
+    """
 
     spellings: list[str]
     counts: npt.NDArray[np.int64]
@@ -98,13 +102,11 @@ class WordCounter:
             in_order: Whether to sort. Without it the order is that in which words were met.
         """
         spellings = sorted(self._found) if in_order else list(self._found)
-        values = map(self._found.__getitem__, spellings)
-        size = len(spellings)
-        counts = np.empty(size, dtype=np.int64)
-        sketches = np.empty(size, dtype=np.uint64)
-        for index, (count, sketch) in enumerate(values):
-            counts[index] = count
-            sketches[index] = sketch
+        values = [self._found[word] for word in spellings]
+        size = len(values)
+        counts = np.fromiter((count for count, _ in values), dtype=np.int64, count=size)
+        sketches = np.fromiter((sketch for _, sketch in values), dtype=np.uint64, count=size)
+        del values
         if in_order:
             order = np.argsort(-counts, kind="stable")
             counts, sketches = counts[order], sketches[order]
