@@ -70,7 +70,7 @@ def language_table(content: Mapping[str, Any], figure: str) -> str:
 def cost_table(content: Mapping[str, Any]) -> str:
     """A row a size: parameters, FLOPs and memory."""
     heads = ["#new tokens", "#rows", "#parameters", "#FLOPs a token", "#FLOPs a domain byte"]
-    heads += ["#planned training", "#logits", "#training state", "#cache a character"]
+    heads += ["#planned FLOPs", "#logits", "#training state", "#cache a character"]
     sizes = content["sizes"]
     first = sizes[0]["cost"]
     rows = []

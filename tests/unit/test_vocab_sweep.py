@@ -119,20 +119,19 @@ def test_general_text_is_measured_too(extender: HandMade) -> None:
 
 
 def test_longer_documents_are_counted(tmp_path: Path) -> None:
-    class Worse(HandMade):
-        """Gives a tokenizer that forgets a merge as soon as it is extended."""
+    class Forgetful(HandMade):
+        """Loses its first merge when it is extended: no real extender does."""
 
         def _write(self, directory: Path, size: int) -> None:
-            merges = self._merges
-            self._merges = merges[1:] if size else merges
-            super()._write(directory, len(self._merges) if size else 1)
-            self._merges = merges
+            all_merges = self._merges
+            self._merges = all_merges[1:] if size else all_merges[:1]
+            super()._write(directory, len(self._merges))
+            self._merges = all_merges
 
-    extender = Worse(tmp_path / "old", [("a", "b"), ("x", "y"), ("c", "d")])
+    extender = Forgetful(tmp_path / "old", [("a", "b"), ("x", "y"), ("c", "d")])
     assert extender.tokenizer.vocab_size == 258
-    extension = replace(extender.extension(), old_vocab_size=258)
-    tokens = tuple(replace(token, id=token.id) for token in extension.new_tokens[1:2])
-    extension = replace(extension, new_tokens=tokens)
+    extension = extender.extension()
+    extension = replace(extension, old_vocab_size=258, new_tokens=extension.new_tokens[1:2])
     found = sweep(
         extender,  # type: ignore[arg-type]
         extension=extension,
