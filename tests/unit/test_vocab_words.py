@@ -81,10 +81,12 @@ def own_words(content: dict[str, Any], text: str) -> list[str]:
     return [bytes(byte_of[letter] for letter in piece).decode() for piece, _ in pieces]
 
 
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}, {"type": "NFKC"}])
-def test_cuts_as_the_tokenizer_itself(name: str, normalizer: dict[str, Any] | None) -> None:
-    content = definition(PRE_TOKENIZERS[name], normalizer=normalizer)
+@pytest.mark.parametrize(
+    ("name", "normalizer"),
+    [*((name, None) for name in PRE_TOKENIZERS), ("qwen", "NFC"), ("qwen", "NFKC")],
+)
+def test_cuts_as_the_tokenizer_itself(name: str, normalizer: str | None) -> None:
+    content = definition(PRE_TOKENIZERS[name], normalizer=normalizer and {"type": normalizer})
     splitter = ByteLevelSplitter(content)
     copied = pickle.loads(pickle.dumps(splitter))
     assert splitter.fast and copied.fast
