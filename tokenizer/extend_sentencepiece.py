@@ -202,6 +202,7 @@ class SentencePieceExtender:
             terms,
             splitter=self._splitter(()),
             encode=lambda text: self._segmenter.encode([text])[0].tolist(),
+            pieces=self._pieces,
             reserved=self._reserved,
         )
 

@@ -44,7 +44,12 @@ class Form:
 
 
 def forms_of(
-    terms: Sequence[str], *, splitter: PieceSplitter, encode: Encode, reserved: set[str]
+    terms: Sequence[str],
+    *,
+    splitter: PieceSplitter,
+    encode: Encode,
+    pieces: Mapping[str, int],
+    reserved: set[str],
 ) -> list[Form]:
     """Check terms and spell them.
 
@@ -52,6 +57,7 @@ def forms_of(
         terms: As given by the user.
         splitter: Without cuts.
         encode: Encodes what the normaliser gives, with the old model.
+        pieces: What text can become in the old vocabulary.
         reserved: Tokens that text does not become by way of the model.
 
     Returns:
@@ -66,11 +72,13 @@ def forms_of(
         bare = term.replace(" ", SPACE)
         if fault is None:
             fault = _fault_for(term, bare, list(splitter.normalized(term)), reserved)
+        old = [text for text in (bare, SPACE + bare) if text in pieces]
+        if fault is None and any(encode(text) != [pieces[text]] for text in old):
+            fault = "it is a token that text never becomes"
         if fault is not None:
             faults.append(f"{ascii(term)[:60] if not term.isprintable() else repr(term)}: {fault}")
             continue
-        exists = all(len(encode(text)) == 1 for text in (bare, SPACE + bare))
-        forms.append(Form(term=term, bare=bare, exists=exists))
+        forms.append(Form(term=term, bare=bare, exists=len(old) == 2))
     if faults:
         raise DataError(
             f"Terms that cannot be single tokens: {list_faults(faults)}. Correct or remove them."
