@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    # The encoders' own pools: as many threads as encode here, neither fewer nor more.
+    # What is left to the original tokenizer goes to its library's threads: no more than asked for.
     os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
     with _progress("indexing", total=check_inputs(arguments.input), unit="B") as bar:
         summary = preprocess(

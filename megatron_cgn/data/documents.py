@@ -1,7 +1,7 @@
 """Documents out of blocks of raw lines or table rows, exact about where a fault lies.
 
 Reading the blocks is cheap and lives in ``readers.py``; parsing them is not, so it may run in
-another thread. What a document says of itself (``id``, ``source``, ``license``, ``classification``,
+another process. What a document says of itself (``id``, ``source``, ``license``, ``classification``,
 ``hash``) is taken here; how an index keeps it is in ``lineage.py``.
 """
 

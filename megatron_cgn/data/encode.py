@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # time.
 _FIRST_SAMPLES = 16, 512
 _LATER_SAMPLES = 1, 160
-_SPENT_BYTES = 64 << 20
+_SPENT_BYTES = 72 << 20
 """Growth of a process from which another should take its place; most of it is a cache of words."""
 
 
