@@ -1,8 +1,8 @@
 """Documents out of blocks of raw lines or table rows, exact about where a fault lies.
 
 Reading the blocks is cheap and lives in ``readers.py``; parsing them is not, so it may run in
-another process. What a document says of itself (``id``, ``source``, ``license``, ``classification``,
-``hash``) is taken here; how an index keeps it is in ``lineage.py``.
+another process. What a document says of itself (``id``, ``source``, ``license``,
+``classification``, ``hash``) is taken here; how an index keeps it is in ``lineage.py``.
 """
 
 import json
