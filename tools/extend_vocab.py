@@ -57,6 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0; 2 after a fault that the user can mend; 1 if a proof failed; 130 if interrupted.
     """
+    _quiet()
     from megatron_cgn.vocabulary.report import HTML_FILE, add_bits_per_byte
     from megatron_cgn.vocabulary.run import ProofFailed
 
@@ -65,7 +66,6 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = _compare_parser().parse_args(words[1:]) if compares else _parser().parse_args(words)
     logging.basicConfig(format="extend_vocab: %(message)s")
     logging.getLogger("megatron_cgn").setLevel(logging.INFO)
-    _quiet()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
@@ -125,7 +125,7 @@ class _Terminal:
 
 
 def _quiet() -> None:
-    """Leave out what transformers says while it is asked to prove something."""
+    """Leave out what transformers says while it proves something; it must not be imported yet."""
     quiet_dependencies()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
