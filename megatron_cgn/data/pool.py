@@ -231,8 +231,9 @@ class _Member:
         self.tasks: dict[int, str] = {}
         self.holds_large = False
         self.spent = False
+        # Not a daemon: those may not start processes, which parsers of files do.
         self._process: _Process = context.Process(
-            target=_work, args=(theirs, make_worker), daemon=True
+            target=_work, args=(theirs, make_worker), daemon=False
         )
         self._process.start()
         theirs.close()  # or its end would go unnoticed

@@ -1,6 +1,7 @@
 """tools/preprocess_data.py from the outside: output, independence of workers, faults, kills."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -236,6 +237,20 @@ def test_workers_that_are_no_number_are_explained(tmp_path: Path) -> None:
 
 def _negative(number: int) -> int:
     return -number
+
+
+def test_a_worker_may_start_processes() -> None:
+    """Parsers of PDF and HTML run in processes of their own, below those of the pool."""
+
+    def answer(number: int) -> int:
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=sys.exit, args=(number,))
+        process.start()
+        process.join()
+        return process.exitcode or 0
+
+    with Pool(lambda: answer, processes=1, start="fork") as pool:
+        assert list(pool.map([3, 4], tasks_ahead=1)) == [3, 4]
 
 
 def test_few_large_blocks_are_under_way() -> None:
