@@ -4,12 +4,14 @@ How they are read from ``optim.param_groups`` is `group_selection.py`'s, and wha
 does with them `grouped_optimizer.py`'s.
 """
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-END = sys.maxsize
+from megatron_cgn.config.schema import OptimConfig
+from megatron_cgn.hf import group_steps
+
+END = group_steps.END
 """Row behind the last, whatever the padding of the vocabulary."""
 
 Key = tuple[int | None, str]
@@ -99,3 +101,81 @@ class Grouping:
             ]
             steps[group.name] = max(counts, default=optimizer_steps)
         return steps
+
+    def describe(self, *, lr: float, weight_decay: float) -> Iterator[str]:
+        """Say what each group is, a line for each.
+
+        Args:
+            lr: ``optim.lr``.
+            weight_decay: ``optim.weight_decay``.
+
+        Yields:
+            Lines.
+        """
+        for group in self.groups:
+            decay = weight_decay if group.weight_decay is None else group.weight_decay
+            what = [
+                f"{len(group.rows):,} parameter(s){_some_rows(group)}",
+                f"peak learning rate {lr * group.lr_mult:g}",
+                f"weight decay {decay:g}",
+            ]
+            if group.frozen_until:
+                what.append(f"frozen until step {group.frozen_until:,}")
+            if group.trained_until == 0:
+                what.append("never trained")
+            elif group.trained_until is not None:
+                what.append(f"trained until step {group.trained_until:,}")
+            yield f"group {group.name or 'of all else'}: {', '.join(what)}"
+
+
+def _some_rows(group: Group) -> str:
+    """Which rows, where a group has only some of a parameter's."""
+    spans = [span for span in group.rows.values() if span != (0, END)]
+    rows = " and ".join(
+        f"rows from {low:,} on" if high == END else f"rows {low:,} to {high - 1:,}"
+        for low, high in sorted(set(spans))
+    )
+    some = f" of {len(spans):,} of them" if 0 < len(spans) < len(group.rows) else ""
+    return f" ({rows}{some})" if rows else ""
+
+
+def uncorrected_moments(
+    record: Sequence[Mapping[str, Any]] | None,
+    grouping: Grouping | None,
+    steps: Mapping[str, int],
+    *,
+    optim: OptimConfig,
+) -> str | None:
+    """Find what Adam counts updates for though it never had one.
+
+    Its moments are zero and taken for those of many updates, so that its first update is larger or
+    smaller than it should be.
+
+    Args:
+        record: From a checkpoint, or None.
+        grouping: The run's groups, or None.
+        steps: Updates by group that the run counts from; by the empty name without groups.
+        optim: Adam's settings.
+
+    Returns:
+        What to tell the user, if there is anything.
+    """
+    everything = [(Group(name="", rows={}), 0, END)]
+    counted: list[tuple[int, str, int]] = []
+    for entry in record or ():
+        for layer, name, start, stop in entry["rows"] if entry["steps"] == 0 else ():
+            parts = everything if grouping is None else grouping.of((layer, name))
+            counts = [steps[g.name] for g, low, high in parts if low < stop and start < high]
+            if any(counts):
+                counted.append((max(counts), name, start))
+    if not counted:
+        return None
+    count, name, start = max(counted)
+    mean = (1 - optim.adam_beta1) / (1 - optim.adam_beta1 ** (count + 1))
+    square = (1 - optim.adam_beta2) / (1 - optim.adam_beta2 ** (count + 1))
+    return (
+        f"{len(counted)} parameter(s), e.g. {name} from row {start:,} on, have never been updated, "
+        f"but Adam counts {count:,} updates for them: the first will be {mean / square**0.5:.2f} "
+        "of the learning rate instead of 1. Give them a group of their own in optim.param_groups, "
+        "such as one with rows: new."
+    )

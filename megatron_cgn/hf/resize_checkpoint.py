@@ -29,6 +29,7 @@ from megatron_cgn.hf.config import read_architecture, read_config_json
 from megatron_cgn.hf.dist_edit import DistEdit, StoredMatrix, blocks_of, link_or_copy
 from megatron_cgn.hf.dist_reader import DistReader
 from megatron_cgn.hf.files import check_free_space, directory_to_write, new_directory, write_json
+from megatron_cgn.hf.group_steps import count_new_rows_from_zero
 from megatron_cgn.hf.streaming import Progress
 from megatron_cgn.hf.vocabulary import (
     ResizeSummary,
@@ -65,7 +66,8 @@ def resize_checkpoint(
 
     New rows of the FP32 master weights are made from the masters' old rows, and the model's own
     are those, rounded. New rows of Adam's moments are zero: for a weight that was never updated
-    that is what they are.
+    that is what they are. So a run that trains these rows in a group of their own counts Adam's
+    steps from 0 for them.
 
     Args:
         source: Checkpoint directory, converted or from training.
@@ -109,6 +111,7 @@ def resize_checkpoint(
     check_free_space(target, _needed_bytes(source, target, matrices, rows), error=CheckpointError)
     maker = row_maker(extension, config, method=method, seed=seed)
     keys = tuple(stored.key for matrix in matrices for stored in matrix.stored)
+    names = [matrix.key for matrix in matrices]
     with new_directory(target, error=CheckpointError) as work:
         (work / HF_DIRECTORY).mkdir()
         write_tokenizer(work / HF_DIRECTORY)
@@ -119,6 +122,13 @@ def resize_checkpoint(
             # Let go of one matrix's mapped rows before the next one's.
             _resize(matrices.pop(0), edit, maker, rows, sides, progress)
         written, linked = edit.finish()
+        if info.has_optimizer and extension.new_tokens:
+            count_new_rows_from_zero(
+                work / DIST_DIRECTORY,
+                names,
+                first_new=rows.old_vocab,
+                optimizer_steps=info.optimizer_steps,
+            )
         for file in source.iterdir():
             if file.is_file() and file.name != CHECKPOINT_FILE:
                 link_or_copy(file, work / file.name)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,13 @@ def describe_engine(engine: Engine) -> str:
         f"{p.pipeline_model_parallel_size} × context {p.context_parallel_size} × data "
         f"{state.dp_size}; {engine.total_steps} steps"
     )
+
+
+def describe_groups(engine: Engine) -> Iterator[str]:
+    """Say what ``optim.param_groups`` makes of the model."""
+    optim = engine.run.optim
+    if engine.grouping is not None:
+        yield from engine.grouping.describe(lr=optim.lr, weight_decay=optim.weight_decay)
 
 
 def show_outcome(run: RunConfig, exported: Path | None) -> None:

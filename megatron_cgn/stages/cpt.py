@@ -116,7 +116,12 @@ def _train(engine: Engine, data: PretrainingData, tokenizer: Tokenizer) -> None:
         tokens_per_step=run.train.global_batch_size * run.data.seq_length,
         resumed_from=resumed,
     )
-    messages = [common.describe_engine(engine), *_describe_epochs(engine), *describe(data.blend)]
+    messages = [
+        common.describe_engine(engine),
+        *common.describe_groups(engine),
+        *_describe_epochs(engine),
+        *describe(data.blend),
+    ]
     if resumed is not None:
         messages += _describe_change(engine, data.blend, read_info(resumed).fit)
     for callback, message in itertools.product(callbacks, messages):

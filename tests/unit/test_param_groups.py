@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_cgn.config.load import typed_config
 from megatron_cgn.config.schema import ModelConfig, OptimConfig, ParamGroupConfig, RunConfig
 from megatron_cgn.engine.group_selection import configured_groups, first_new_id, resolve_groups
-from megatron_cgn.engine.param_groups import END, Group, Grouping
+from megatron_cgn.engine.param_groups import END, Group, Grouping, uncorrected_moments
 from megatron_cgn.errors import ConfigError, DataError
+from megatron_cgn.hf.group_steps import count_new_rows_from_zero
 from megatron_cgn.model.architecture import Architecture
 from tokenizer.extension import FILE_NAME, Extension, NewToken
 
@@ -286,6 +288,72 @@ def test_updates_return_by_parameter_and_row() -> None:
     )
     assert other.restored_steps(record, 9) == {"mlp": 4, "rows": 7, "both": 7}
     assert other.restored_steps(None, 9) == {"mlp": 9, "rows": 9, "both": 9}
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_new_rows_of_a_resized_checkpoint_are_counted_from_zero(
+    tmp_path: Path, recorded: bool
+) -> None:
+    """Whether or not the run before had groups, one of which is cut by the new rows."""
+    before = _resolve(_group("a", "embeddings", rows="new", rows_from=500, lr_mult=2.0))
+    record = {"group_steps": before.record({"a": 5, "": 8})} if recorded else {}
+    torch.save({"iteration": 3, **record}, tmp_path / "common.pt")
+    count_new_rows_from_zero(tmp_path, [EMBEDDING[1], HEAD[1]], first_new=900, optimizer_steps=8)
+    common = torch.load(tmp_path / "common.pt")
+    assert common["iteration"] == 3
+    warm_up = _resolve(
+        _group("new", "embeddings", "output", rows="new", rows_from=900),
+        _group("rest", "others", frozen_until_step=3),
+    )
+    assert warm_up.restored_steps(common["group_steps"], 8) == {"new": 0, "rest": 8}
+    ranges = Grouping(
+        (
+            Group(name="first", rows={EMBEDDING: (0, 500)}),
+            Group(name="second", rows={EMBEDDING: (500, 900)}),
+            Group(name="third", rows={EMBEDDING: (900, END), HEAD: (900, END)}),
+        )
+    )
+    counts = {"first": 8, "second": 5 if recorded else 8, "third": 0}
+    assert ranges.restored_steps(common["group_steps"], 8) == counts
+
+
+def test_adam_without_its_correction_is_told() -> None:
+    """Moments of one gradient g are (1-b1) g and (1-b2) g², so that their ratio is known."""
+    record: list[dict[str, Any]] = [
+        {"steps": 1000, "rows": [[None, EMBEDDING[1], 0, 900]]},
+        {"steps": 0, "rows": [[None, EMBEDDING[1], 900, END]]},
+    ]
+    # 0.1 / sqrt(0.05), and 0.1 / sqrt(0.001 / (1 - 0.999**1001)): not yet the 3.16 of many more.
+    for beta2, figure in ((0.95, "0.45"), (0.999, "2.52")):
+        optim = OptimConfig(adam_beta2=beta2)
+        told = uncorrected_moments(record, None, {"": 1000}, optim=optim)
+        assert told is not None and f"{figure} of the learning rate" in told
+        assert f"{EMBEDDING[1]} from row 900 on" in told
+    groups = _resolve(_group("new", "embeddings", rows="new", rows_from=900, lr_mult=2.0))
+    optim = OptimConfig()
+    assert uncorrected_moments(record, groups, {"new": 0, "": 1000}, optim=optim) is None
+    assert uncorrected_moments(None, None, {"": 1000}, optim=optim) is None
+    whole = _resolve(_group("all", "embeddings", lr_mult=2.0))
+    assert uncorrected_moments(record, whole, {"all": 1000, "": 1000}, optim=optim)
+    # A group that has just been frozen so far, and goes on as it is.
+    frozen = [{"steps": 0, "rows": [[None, EMBEDDING[1], 0, END]]}]
+    assert uncorrected_moments(frozen, whole, {"all": 0, "": 9}, optim=optim) is None
+
+
+def test_groups_are_described() -> None:
+    grouping = _resolve(
+        _group("new", "embeddings", "output", rows="new", rows_from=900, lr_mult=3.0),
+        _group("rest", "others", frozen_until_step=100, weight_decay=0.0),
+    )
+    assert list(grouping.describe(lr=2e-5, weight_decay=0.1)) == [
+        "group new: 2 parameter(s) (rows from 900 on), peak learning rate 6e-05, weight decay 0.1",
+        f"group rest: {len(LAYER) * 2 + 3} parameter(s) (rows 0 to 899 of 2 of them), "
+        "peak learning rate 2e-05, weight decay 0, frozen until step 100",
+    ]
+    alone = _resolve(_group("norms", "norms", trained_until_step=0))
+    first, second = alone.describe(lr=1e-5, weight_decay=0.1)
+    assert first.endswith("never trained")
+    assert second.startswith("group of all else: ")
 
 
 def test_groups_are_read_from_yaml_values() -> None:
