@@ -158,6 +158,8 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
             min_frequency=arguments.min_frequency,
             min_spread=arguments.min_spread,
             max_characters=arguments.max_characters,
+            marks=not arguments.words_only,
+            particles=not arguments.words_only,
         ),
         init=arguments.init,
         seed=arguments.seed,
@@ -168,6 +170,8 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
         make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by,
         tensor_parallel=arguments.tensor_parallel,
         planned_training_mb=arguments.planned_training_mb,
+        domain_share=arguments.domain_share,
+        seq_length=arguments.seq_length,
         overwrite=arguments.overwrite,
     )
 
@@ -198,7 +202,14 @@ def _compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _defaults() -> "Settings":
+    from megatron_cgn.vocabulary.settings import Settings
+
+    return Settings(model=Path(), corpus=(), output=Path())
+
+
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    defaults = _defaults()
     group = parser.add_argument_group("what is read and written")
     group.add_argument("--model", type=Path, required=True, metavar="DIR", help="what to extend")
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write")
@@ -209,8 +220,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     group.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
     group.add_argument(
-        "--max-corpus-mb", type=_positive, metavar="MB",
-        help="count a sample of a corpus with more text (default: count all of it)",
+        "--max-corpus-mb", type=_positive, default=defaults.max_corpus_mb, metavar="MB",
+        help="of a corpus with more text, count a sample of so many; each MB takes some 9 MB of "
+        "memory (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
@@ -220,10 +232,9 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    from megatron_cgn.vocabulary.settings import Settings
     from tokenizer.filters import Rules
 
-    rules, defaults = Rules(), Settings(model=Path(), corpus=(), output=Path())
+    rules, defaults = Rules(), _defaults()
     group = parser.add_argument_group("which tokens")
     group.add_argument(
         "--num-tokens",
@@ -253,8 +264,20 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         help=f"sizes to measure (default: {' '.join(map(str, defaults.sizes))})",
     )  # fmt: skip
     group.add_argument(
+        "--words-only", action="store_true",
+        help="none with a punctuation mark, or with a particle at an end (的反应)",
+    )  # fmt: skip
+    group.add_argument(
         "--planned-training-mb", type=_positive, metavar="MB",
-        help="text that will be trained on (default: the corpus once)",
+        help="text that will be trained on, for the advice (default: the corpus once)",
+    )  # fmt: skip
+    group.add_argument(
+        "--domain-share", type=_share, default=defaults.domain_share, metavar="X",
+        help="share of it that is of the domain (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--seq-length", type=_positive, default=defaults.seq_length, metavar="N",
+        help="tokens of its sequences, for the FLOPs (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--report-only", action="store_true", help="measure, and write nothing but the report"
@@ -287,6 +310,16 @@ def _positive(text: str) -> int:
 
 def _size(text: str) -> int:
     return _whole(text, least=0)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0, at most 1")
+    return value
 
 
 def _whole(text: str, *, least: int) -> int:

@@ -8,7 +8,7 @@ are. What is counted, and how, is in ``tokenizer/words.py``.
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def count_words(
     seed: int = 0,
     keep: Keep | None = None,
     report: Callable[[int], object] | None = None,
+    sampled: Callable[[int], object] | None = None,
 ) -> Words:
     """Count the words of documents.
 
@@ -79,6 +80,7 @@ def count_words(
         keep: Which documents are counted; None counts all.
         report: Called with the input bytes used up since its last call; over both passes they add
             up to what `check_inputs` gives.
+        sampled: Called with the UTF-8 bytes of all text, where only a sample of it is counted.
 
     Returns:
         The words.
@@ -91,7 +93,9 @@ def count_words(
     passes = 1
     if max_bytes is not None and (size > max_bytes or not _is_plain(inputs)):
         passes = 2
-        chosen = _sample(inputs, chosen, max_bytes=max_bytes, workers=workers, report=report)
+        chosen, total = _sample(inputs, chosen, max_bytes=max_bytes, workers=workers, report=report)
+        if sampled is not None and chosen.share < 1.0:
+            sampled(total)
     try:
         return _count(inputs, chosen, split=split, workers=workers, report=report, passes=passes)
     except NotEqual as error:
@@ -112,8 +116,8 @@ def _sample(
     max_bytes: int,
     workers: int,
     report: Callable[[int], object] | None,
-) -> _Chosen:
-    """Measure the corpus, and choose the share of it that is counted."""
+) -> tuple[_Chosen, int]:
+    """Measure the corpus in bytes, and choose the share of it that is counted."""
     total = 0
     make = partial(_Measure, chosen)
     tasks = _tasks(inputs, field=chosen.field)
@@ -130,7 +134,7 @@ def _sample(
             total // 10**6,
             max_bytes // 10**6,
         )
-    return _Chosen(field=chosen.field, keep=chosen.keep, seed=chosen.seed, share=share)
+    return replace(chosen, share=share), total
 
 
 def _count(

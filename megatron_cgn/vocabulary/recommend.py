@@ -148,6 +148,42 @@ def candidates(
     ]
 
 
+def size_between(
+    points: Sequence[SweepPoint],
+    *,
+    extension: Extension,
+    corpus_bytes: int | None,
+    policy: Policy,
+) -> int | None:
+    """Find a size below the first one whose tokens would be met too rarely.
+
+    A token is used no less where fewer tokens follow it, so what the uses at the larger size say of
+    its first N tokens, N tokens alone keep.
+
+    Args:
+        points: What was measured, smallest size first.
+        extension: Of the largest size.
+        corpus_bytes: As `Sweep.corpus_bytes`.
+        policy: The rules.
+
+    Returns:
+        About the largest N of which enough tokens would be met often enough, rounded down; None
+        where every size has it, or no N beyond the size before.
+    """
+    is_corpus = np.array([t.origin == "corpus" for t in extension.new_tokens], dtype=bool)
+    for before, point in zip(points, points[1:], strict=False):
+        seen = _share_seen(point, is_corpus, corpus_bytes, policy)
+        if seen is None or seen >= policy.min_share_seen:
+            continue
+        is_met = _is_met(point, corpus_bytes, policy)
+        judged = is_corpus[: point.num_tokens]
+        shares = np.cumsum(is_met & judged) / np.maximum(1, np.cumsum(judged))
+        enough = np.flatnonzero((shares >= policy.min_share_seen) & judged)
+        size = _rounded_down(int(enough[-1]) + 1) if len(enough) else 0
+        return size if size > before.num_tokens else None
+    return None
+
+
 def recommend(found: Sequence[Candidate], *, policy: Policy, basis: Basis) -> Recommendation:
     """Choose an N.
 
@@ -176,10 +212,22 @@ def recommend(found: Sequence[Candidate], *, policy: Policy, basis: Basis) -> Re
         why = (
             f"No extension: the best one, of {best.num_tokens:,} tokens, saves only "
             f"{best.gain:.1%} of the {basis}, less than the {policy.min_gain:.1%} for which a "
-            "vocabulary should be changed."
+            "vocabulary should be changed"
         )
+        refused = [j for j in judgements if j.num_tokens > best.num_tokens]
+        if refused:
+            why += f"; with {refused[0].num_tokens:,}, {refused[0].reason}"
+        why += "."
         return _result(found[0], basis, why, judgements)
     return _result(best, basis, _reason(best, found, judgements, policy, basis), judgements)
+
+
+def planned_text(policy: Policy) -> str:
+    """Name what will be trained on, inside a sentence."""
+    if policy.planned_bytes is None:
+        return "the corpus once"
+    unit, name = (10**9, "GB") if policy.planned_bytes >= 10**9 else (10**6, "MB")
+    return f"{policy.planned_bytes / unit:,.3g} {name} of text"
 
 
 def _judgement_of_nothing() -> Judgement:
@@ -193,8 +241,8 @@ def _fault(candidate: Candidate, marginal: float, best: Candidate, policy: Polic
     seen = candidate.share_seen
     if seen is not None and seen < policy.min_share_seen:
         return (
-            f"only {seen:.1%} of its tokens would be met {policy.min_uses:,} times or more, not "
-            f"{policy.min_share_seen:.0%}"
+            f"training on {planned_text(policy)} would meet only {seen:.1%} of its tokens "
+            f"{policy.min_uses:,} times or more, not {policy.min_share_seen:.0%}"
         )
     if marginal < policy.min_marginal_gain:
         return (
@@ -213,8 +261,15 @@ def _reason(
 ) -> str:
     refused = [j for j in judgements if j.num_tokens > best.num_tokens]
     if best.num_tokens == 0:
-        why = f": with {refused[0].num_tokens:,}, {refused[0].reason}" if refused else ""
-        return f"No extension{why}."
+        if not refused:
+            return "No extension: no size was tried."
+        least = found[1]
+        if least.gain <= 0:
+            return f"No extension: {least.num_tokens:,} new tokens save none of the {basis}."
+        return (
+            f"No extension: {least.num_tokens:,} new tokens, the fewest that were tried, would "
+            f"save {least.gain:.1%} of the {basis}, but {refused[0].reason}."
+        )
     parts = [
         f"{best.num_tokens:,} new tokens save {best.gain:.1%} of the {basis} for a mix with "
         f"{policy.domain_share:.0%} domain text"
@@ -223,7 +278,8 @@ def _reason(
         parts.append("how often training would meet them is not known")
     else:
         parts.append(
-            f"{best.share_seen:.1%} of them would be met {policy.min_uses:,} times or more"
+            f"training on {planned_text(policy)} would meet {best.share_seen:.1%} of them "
+            f"{policy.min_uses:,} times or more"
         )
     if refused:
         parts.append(f"with {refused[0].num_tokens:,}, {refused[0].reason}")
@@ -272,9 +328,21 @@ def _share_seen(
 ) -> float | None:
     if point.corpus_uses is None or corpus_bytes is None:
         return None
-    uses = point.corpus_uses[is_corpus[: point.num_tokens]]
-    if not len(uses):
+    judged = is_corpus[: point.num_tokens]
+    if not judged.any():
         return None
+    return float(np.mean(_is_met(point, corpus_bytes, policy)[judged]))
+
+
+def _is_met(point: SweepPoint, corpus_bytes: int | None, policy: Policy) -> npt.NDArray[np.bool_]:
+    """Which tokens the planned training would meet often enough, bool ``[N]``."""
+    assert point.corpus_uses is not None and corpus_bytes is not None
     planned = corpus_bytes if policy.planned_bytes is None else policy.planned_bytes
     share = 1.0 if policy.planned_bytes is None else policy.domain_share
-    return float(np.mean(uses * (planned * share / corpus_bytes) >= policy.min_uses))
+    return point.corpus_uses * (planned * share / corpus_bytes) >= policy.min_uses
+
+
+def _rounded_down(size: int) -> int:
+    """To two digits, which is as exact as the figures are."""
+    unit = 10 ** max(0, len(str(size)) - 2)
+    return size // unit * unit

@@ -19,6 +19,7 @@ from megatron_cgn.vocabulary.page_tables import (
     term_table,
     token_table,
 )
+from megatron_cgn.vocabulary.recommend import Policy, planned_text
 
 _NUM_OPEN = 20
 _STYLE = (
@@ -106,8 +107,7 @@ def _megabytes(size: int) -> str:
 
 def _sizes(content: Mapping[str, Any]) -> str:
     policy = content["policy"]
-    planned = policy["planned_bytes"]
-    plan = f"{planned / 1e9:,.3g} GB of text" if planned else "the corpus once"
+    plan = planned_text(Policy(**policy))
     return (
         f'<h2>Sizes</h2><div class="wide">{size_table(content)}</div>'
         f'<p class="muted">Gain: saved {escape(content["recommendation"]["basis"])} of a mix with '

@@ -107,6 +107,7 @@ def sweep(
     general: HeldOut | None = None,
     words: Words | None = None,
     sizes: Sequence[int] = SIZES,
+    further: Callable[[Sequence[SweepPoint]], Sequence[int]] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Sweep:
     """Encode held-out text with the tokenizers of several sizes.
@@ -118,6 +119,7 @@ def sweep(
         general: Held-out general text.
         words: Words of the corpus, as `extender.extend` got them.
         sizes: Numbers of new tokens: see `usable_sizes`.
+        further: Told what was measured of them, names more sizes, below the largest, to measure.
         progress: Told how many tokenizers are done, and how many there are.
 
     Returns:
@@ -128,12 +130,13 @@ def sweep(
     """
     usable = usable_sizes(extension, sizes)
     sampled = None if words is None else sample_words(words)
-    points: list[SweepPoint] = []
     before: list[Lengths] = []
     shown = _sentences(domain)
     largest = _largest(extender, extension, usable[-1])
     definition = largest.definition()
-    for size in usable:
+    points: dict[int, SweepPoint] = {}
+
+    def measure(size: int) -> None:
         tokenizer = largest
         if size < usable[-1]:
             vocab_size = extension.old_vocab_size + size
@@ -144,11 +147,18 @@ def sweep(
             )
         counter = Counter(tokenizer, old_vocab_size=extension.old_vocab_size, kind=extender.kind)
         point = _point(counter, size, extension, domain, general, sampled, before)
-        points.append(replace(point, examples=tuple(map(tuple, tokenizer.encode_batch(shown)))))
+        points[size] = replace(point, examples=tuple(map(tuple, tokenizer.encode_batch(shown))))
+
+    for size in usable:
+        measure(size)
         if progress is not None:
             progress(len(points), len(usable))
+    if further is not None:
+        for size in usable_sizes(extension, further([points[size] for size in usable])):
+            if size not in points and size < usable[-1]:
+                measure(size)
     return Sweep(
-        points=tuple(points),
+        points=tuple(points[size] for size in sorted(points)),
         agreement=_compare(extender.tokenizer, largest, extension, domain.texts),
         corpus_bytes=None if words is None else words.text_bytes,
         examples=tuple(shown),

@@ -51,6 +51,8 @@ class Texts:
 
     words: Words
     """Of the documents that tokens are made from."""
+    corpus_bytes: int
+    """UTF-8 bytes of these documents, and of those that a limit left uncounted."""
     domain: HeldOut
     """Held-out documents of the same kind."""
     general: HeldOut | None
@@ -79,19 +81,25 @@ def read_texts(settings: Settings, *, split: Splitter, console: Console) -> Text
     keep: Callable[[str], bool] = Side(is_held_out=False)
     if settings.held_out:
         keep = NotAmong(frozenset(map(_hash, domain.texts)))
-    limit = settings.max_corpus_mb
+    total: list[int] = []
     with console.bar("counting words", total=check_inputs(settings.corpus), unit="B") as advance:
         words = count_words(
             settings.corpus,
             split=split,
             field=settings.text_field,
             workers=settings.workers,
-            max_bytes=None if limit is None else limit * 10**6,
+            max_bytes=settings.max_corpus_mb * 10**6,
             seed=settings.seed,
             keep=keep,
             report=advance,
+            sampled=total.append,
         )
-    return Texts(words=words, domain=domain, general=general)
+    return Texts(
+        words=words,
+        corpus_bytes=total[0] if total else words.text_bytes,
+        domain=domain,
+        general=general,
+    )
 
 
 def _read_domain(settings: Settings, console: Console) -> HeldOut:

@@ -1,6 +1,6 @@
 """What an extension is worth: measured, judged, and told in a few lines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,17 @@ from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.vocabulary.checks import Plan
 from megatron_cgn.vocabulary.console import Console
 from megatron_cgn.vocabulary.cost import ModelCost, TrainingShape, model_cost
-from megatron_cgn.vocabulary.recommend import Policy, Recommendation, candidates, recommend
+from megatron_cgn.vocabulary.recommend import (
+    Policy,
+    Recommendation,
+    candidates,
+    planned_text,
+    recommend,
+    size_between,
+)
 from megatron_cgn.vocabulary.report import report_content
 from megatron_cgn.vocabulary.settings import Settings
-from megatron_cgn.vocabulary.sweep import ALL, Sweep, TextFigures, sweep, usable_sizes
+from megatron_cgn.vocabulary.sweep import ALL, Sweep, SweepPoint, TextFigures, sweep, usable_sizes
 from megatron_cgn.vocabulary.texts import Texts
 from tokenizer.extension import Extension
 
@@ -26,6 +33,8 @@ class Worth:
     costs: list[ModelCost] | None
     """One for each size; None without a model whose costs are known."""
     recommendation: Recommendation
+    policy: Policy
+    """What it went by."""
     report: dict[str, Any]
     """All of it, as ``report.json`` has it."""
 
@@ -45,9 +54,11 @@ def assess(
     Returns:
         What was found.
     """
-    found = _sweep(settings, plan, extension, texts, console)
+    policy = policy_of(settings, counted=texts.words.text_bytes, corpus=texts.corpus_bytes)
+    found = _sweep(settings, plan, extension, texts, console, policy)
     architecture = _architecture(plan)
     shape = TrainingShape(
+        seq_length=settings.seq_length,
         tensor_model_parallel_size=settings.tensor_parallel,
         make_vocab_size_divisible_by=settings.make_vocab_size_divisible_by,
     )
@@ -64,8 +75,6 @@ def assess(
             for point in found.points
         ]
     )
-    planned = settings.planned_training_mb
-    policy = Policy(planned_bytes=None if planned is None else planned * 10**6)
     recommendation = recommend(
         candidates(found, extension=extension, costs=costs, policy=policy),
         policy=policy,
@@ -83,13 +92,48 @@ def assess(
         architecture=architecture,
         shape=shape,
     )
-    return Worth(sweep=found, costs=costs, recommendation=recommendation, report=report)
+    return Worth(
+        sweep=found, costs=costs, recommendation=recommendation, policy=policy, report=report
+    )
+
+
+def policy_of(settings: Settings, *, counted: int, corpus: int) -> Policy:
+    """Say what training is planned.
+
+    Args:
+        settings: What is asked for.
+        counted: UTF-8 bytes of the documents whose words were counted.
+        corpus: UTF-8 bytes of the corpus, more where a sample was counted.
+
+    Returns:
+        The rules.
+    """
+    planned = settings.planned_training_mb
+    if planned is not None:
+        return Policy(planned_bytes=planned * 10**6, domain_share=settings.domain_share)
+    if counted == corpus:
+        return Policy(domain_share=settings.domain_share)
+    # The corpus once is all of it, not what was counted.
+    whole = round(corpus / settings.domain_share)
+    return Policy(planned_bytes=whole, domain_share=settings.domain_share)
 
 
 def _sweep(
-    settings: Settings, plan: Plan, extension: Extension, texts: Texts, console: Console
+    settings: Settings,
+    plan: Plan,
+    extension: Extension,
+    texts: Texts,
+    console: Console,
+    policy: Policy,
 ) -> Sweep:
     sizes = [*settings.sizes, settings.num_tokens or 0]
+
+    def further(points: Sequence[SweepPoint]) -> list[int]:
+        size = size_between(
+            points, extension=extension, corpus_bytes=texts.words.text_bytes, policy=policy
+        )
+        return [] if size is None else [size]
+
     count = len(usable_sizes(extension, sizes))
     with console.bar("measuring", total=count, unit=" sizes") as advance:
         return sweep(
@@ -99,6 +143,7 @@ def _sweep(
             general=texts.general,
             words=texts.words,
             sizes=sizes,
+            further=further,
             progress=lambda _, __: advance(1),
         )
 
@@ -117,7 +162,19 @@ def table(worth: Worth) -> str:
             f"{_flops(worth, number):>5}",
         ]
         lines.append("  ".join(cells))
-    return "\n".join([*lines, f"advice: {worth.recommendation.reason}"])
+    return "\n".join([*lines, f"advice: {worth.recommendation.reason}", _assumed(worth)])
+
+
+def _assumed(worth: Worth) -> str:
+    """What the advice takes for granted, and how to say otherwise."""
+    policy, model = worth.policy, worth.report["model"]
+    told = [
+        f"training on {planned_text(policy)} (--planned-training-mb)",
+        f"{policy.domain_share:.0%} of it domain text (--domain-share)",
+    ]
+    if model:
+        told.append(f"in sequences of {model['seq_length']:,} tokens (--seq-length)")
+    return "it assumes " + ", ".join(told)
 
 
 def _tokens(before: Mapping[str, TextFigures], after: Mapping[str, TextFigures]) -> str:

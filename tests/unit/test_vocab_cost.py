@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,8 +7,16 @@ import pytest
 from megatron_cgn.errors import ConfigError
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.vocabulary.cost import TrainingShape, model_cost
-from megatron_cgn.vocabulary.recommend import Candidate, Policy, candidates, recommend
+from megatron_cgn.vocabulary.recommend import (
+    Candidate,
+    Policy,
+    candidates,
+    recommend,
+    size_between,
+)
+from megatron_cgn.vocabulary.settings import Settings
 from megatron_cgn.vocabulary.sweep import ALL, Agreement, Sweep, SweepPoint, TextFigures
+from megatron_cgn.vocabulary.worth import policy_of
 from tokenizer.extension import Extension, NewToken, Origin
 
 LLAMA_3_8B = Architecture(
@@ -120,10 +129,17 @@ def test_the_largest_size_tried_is_no_proof_that_more_would_not_pay() -> None:
 def test_tokens_that_are_met_too_rarely_are_not_taken() -> None:
     number, reason = chosen(candidate(1000, 0.1, seen=0.95), candidate(2000, 0.2, seen=0.94))
     assert number == 1000
-    assert "only 94.0% of its tokens would be met 100 times" in reason
+    assert "would meet 95.0% of them 100 times or more; with 2,000, training on" in reason
+    assert (
+        "the corpus once would meet only 94.0% of its tokens 100 times or more, not 95%" in reason
+    )
     number, reason = chosen(candidate(1000, 0.1, seen=0.5))
     assert number == 0
-    assert "No extension: with 1,000, only 50.0%" in reason
+    assert reason.startswith(
+        "No extension: 1,000 new tokens, the fewest that were tried, would save"
+    )
+    assert "save 10.0% of the training FLOPs, but training on the corpus once would" in reason
+    assert "meet only 50.0%" in reason
 
 
 def test_a_small_gain_is_not_worth_a_changed_vocabulary() -> None:
@@ -131,6 +147,8 @@ def test_a_small_gain_is_not_worth_a_changed_vocabulary() -> None:
     number, reason = chosen(candidate(1000, 0.029))
     assert number == 0
     assert "saves only 2.9% of the training FLOPs, less than the 3.0%" in reason
+    _, reason = chosen(candidate(1000, 0.029), candidate(2000, 0.1, seen=0.9))
+    assert "only 2.9%" in reason and "with 2,000, training on" in reason
     assert chosen(candidate(1000, 0.029), policy=Policy(min_gain=0.02))[0] == 1000
 
 
@@ -143,11 +161,12 @@ def test_no_size_may_make_general_text_longer() -> None:
 
 
 def test_a_growing_cost_is_refused() -> None:
-    assert chosen(candidate(1000, -0.01), candidate(2000, -0.02))[0] == 0
+    found = chosen(candidate(1000, -0.01), candidate(2000, -0.02))
+    assert found == (0, "No extension: 1,000 new tokens save none of the training FLOPs.")
 
 
 def test_nothing_tried_is_nothing_recommended() -> None:
-    assert chosen() == (0, "No extension.")
+    assert chosen() == (0, "No extension: no size was tried.")
 
 
 def test_unknown_uses_are_said_to_be_unknown() -> None:
@@ -244,6 +263,44 @@ def test_uses_are_scaled_to_the_domain_text_that_is_planned() -> None:
     assert seen(12_500) == 0.5
     assert seen(20_000) == 1.0
     assert seen(None) == 0.0
+
+
+def test_a_size_between_two_has_what_the_larger_one_lacks() -> None:
+    # A term, 29 tokens that are met, one that is not, 8 that are, and none from there on.
+    uses = (100.0,) * 30 + (0.0,) + (100.0,) * 8 + (0.0,) * 20
+    term_first = extension_of(*["term", *["corpus"] * 58])
+    points = [
+        point(0, 400, None),
+        point(5, 350, None, uses=uses[:5]),
+        point(59, 300, None, uses=uses),
+    ]
+
+    def between(points: list[SweepPoint], **policy: int) -> int | None:
+        return size_between(
+            points, extension=term_first, corpus_bytes=1000, policy=Policy(**policy)
+        )
+
+    # The term is not judged: of 39 tokens, 37 of 38 are met; of 40, 37 of 39, 94.9 %.
+    assert between(points) == 39
+    assert between(points[:2]) is None  # every size has it
+    assert between([points[0], point(45, 310, None, uses=uses[:45]), points[2]]) == 39
+    assert between(points, min_uses=101) is None
+    many = extension_of(*["corpus"] * 1500)
+    wide = point(1500, 300, None, uses=(100.0,) * 1239 + (0.0,) * 261)
+    found = size_between([points[0], wide], extension=many, corpus_bytes=1, policy=Policy())
+    assert found == 1300  # 1239 / 0.95 = 1304.2
+
+
+def test_training_on_the_corpus_once_is_training_on_what_was_not_counted_too() -> None:
+    settings = Settings(model=Path(), corpus=(), output=Path(), domain_share=0.5)
+    assert policy_of(settings, counted=1000, corpus=1000) == Policy(domain_share=0.5)
+    sweep = made(point(0, 400, None), point(2, 300, None, uses=(10.0, 9.0)), corpus_bytes=1000)
+    policy = policy_of(settings, counted=1000, corpus=10_000)
+    extension = extension_of("corpus", "corpus")
+    found = candidates(sweep, extension=extension, costs=None, policy=policy)
+    assert found[1].share_seen == 0.5  # 100 and 90 uses
+    planned = replace(settings, planned_training_mb=3)
+    assert policy_of(planned, counted=1, corpus=2).planned_bytes == 3_000_000
 
 
 def test_wrong_policies_are_named_together() -> None:

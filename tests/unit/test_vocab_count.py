@@ -110,7 +110,9 @@ def test_a_corpus_beyond_the_limit_is_sampled_by_document(tmp_path: Path) -> Non
         assert counted(sample)[" x"] == 200 * sample.documents
     # Another seed, another sample; neither the other's rest.
     assert 0.15 < len(chosen[0] & chosen[1]) / len(chosen[0]) < 0.35
-    again = count_words([path], split=SPLITTER, max_bytes=size // 4)
+    told: list[int] = []
+    again = count_words([path], split=SPLITTER, max_bytes=size // 4, sampled=told.append)
+    assert told == [size]
     assert_same(samples[0], again)
     # The order of the documents does not matter.
     turned = write(tmp_path / "b.jsonl", texts[::-1])
@@ -123,7 +125,10 @@ def test_a_limit_that_is_large_enough_changes_nothing(tmp_path: Path) -> None:
     size = sum(len(text.encode()) for text in TEXTS)
     everything = count_words([path], split=SPLITTER)
     assert path.stat().st_size < size  # so the file's own size says nothing
-    assert_same(count_words([path], split=SPLITTER, max_bytes=size), everything)
+    told: list[int] = []
+    same = count_words([path], split=SPLITTER, max_bytes=size, sampled=told.append)
+    assert_same(same, everything)
+    assert told == []
     fewer = count_words([path], split=SPLITTER, max_bytes=size // 2)
     assert 0 < fewer.documents < 300
 

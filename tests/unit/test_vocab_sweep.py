@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from megatron_cgn.errors import ConfigError, DataError
 from megatron_cgn.vocabulary.held_out import CHINESE, LATIN, OTHER, HeldOut, language, read_held_out
 from megatron_cgn.vocabulary.prefix import first_ids, first_tokens_only
-from megatron_cgn.vocabulary.sweep import ALL, Sweep, sweep, usable_sizes
+from megatron_cgn.vocabulary.sweep import ALL, Sweep, SweepPoint, sweep, usable_sizes
 from megatron_cgn.vocabulary.uses import Counter, SampledWords, sample_words
 from tokenizer.extension import Extension, NewToken, Term
 from tokenizer.joined_pairs import byte_characters
@@ -197,6 +197,19 @@ def test_the_beginning_drops_merges_that_need_later_tokens() -> None:
     }
     pieces = {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": []}
     assert first_ids(pieces, 1)["model"]["vocab"] == [["a", -1.0]]
+
+
+def test_further_sizes_are_chosen_by_what_was_measured(extender: HandMade) -> None:
+    seen: list[list[int]] = []
+
+    def further(points: Sequence[SweepPoint]) -> list[int]:
+        seen.append([point.domain[ALL].tokens for point in points])
+        return [2, 3, 9]
+
+    found = measured(extender, sizes=(1, 3), further=further)
+    assert seen == [[15, 12, 9]]
+    assert [point.domain[ALL].tokens for point in found.points] == [15, 12, 10, 9]
+    assert [len(point.examples) for point in found.points] == [len(found.examples)] * 4
 
 
 def test_progress_tells_every_tokenizer(extender: HandMade) -> None:
