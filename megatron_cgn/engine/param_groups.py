@@ -4,14 +4,14 @@ How they are read from ``optim.param_groups`` is `group_selection.py`'s, and wha
 does with them `grouped_optimizer.py`'s.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cgn.config.schema import OptimConfig
-from megatron_cgn.hf import group_steps
 
-END = group_steps.END
+END = sys.maxsize
 """Row behind the last, whatever the padding of the vocabulary."""
 
 Key = tuple[int | None, str]
@@ -137,6 +137,36 @@ def _some_rows(group: Group) -> str:
     )
     some = f" of {len(spans):,} of them" if 0 < len(spans) < len(group.rows) else ""
     return f" ({rows}{some})" if rows else ""
+
+
+def with_new_rows(
+    record: Sequence[Mapping[str, Any]] | None, new_rows: Mapping[str, int], optimizer_steps: int
+) -> Sequence[Mapping[str, Any]] | None:
+    """Add to a checkpoint's record that some rows did not exist when it was made.
+
+    Padding is counted with the new rows, since both are in one group.
+
+    Args:
+        record: From `Grouping.record`, or None.
+        new_rows: First row without an update, by parameter outside the layers.
+        optimizer_steps: Updates of the rows before, if there is no record of them.
+
+    Returns:
+        A record, or None if there is nothing to add to none.
+    """
+    if not new_rows:
+        return record
+    if record is None:
+        before = [[None, name, 0, END] for name in new_rows]
+        record = [{"steps": optimizer_steps, "rows": before}]
+    result: list[Mapping[str, Any]] = []
+    for entry in record:
+        cut = [
+            [layer, name, start, min(stop, new_rows.get(name, END))]
+            for layer, name, start, stop in entry["rows"]
+        ]
+        result.append({**entry, "rows": [row for row in cut if row[2] < row[3]]})
+    return [*result, {"steps": 0, "rows": [[None, *item, END] for item in new_rows.items()]}]
 
 
 def uncorrected_moments(

@@ -20,10 +20,9 @@ from megatron_cgn.engine import optimizer_state
 from megatron_cgn.engine.group_selection import configured_groups
 from megatron_cgn.engine.grouped_optimizer import GroupedOptimizer
 from megatron_cgn.engine.optim import build_optimizer, leaves, wrap_model
-from megatron_cgn.engine.param_groups import Grouping, uncorrected_moments
+from megatron_cgn.engine.param_groups import Grouping, uncorrected_moments, with_new_rows
 from megatron_cgn.engine.slots import Slot, slots_of
 from megatron_cgn.errors import CheckpointError
-from megatron_cgn.hf import group_steps
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.build import build_model, resolve_backend, transformer_config
 from megatron_cgn.model.heads import padded_vocab_size
@@ -196,7 +195,7 @@ class TrainingState:
                 for leaf in leaves(self._optimizer)
             ]
             if self._grouped is not None:
-                sharded[group_steps.KEY] = self._grouped.record()
+                sharded["group_steps"] = self._grouped.record()
             has_master = optimizer_state.has_master_weights(self._slots)
         info = ckpt.CheckpointInfo(
             step=self.step,
@@ -305,11 +304,11 @@ class TrainingState:
         if not info.has_master_weights and optimizer_state.has_master_weights(self._slots):
             masters = optimizer_state.empty_master_weights(self._slots, self.model_state())
             exact |= ckpt.load_checkpoint(directory, masters)
+        record = with_new_rows(loaded.get("group_steps"), info.new_rows, info.optimizer_steps)
         if self._grouped is not None:
-            self._grouped.restore(loaded.get(group_steps.KEY), info.optimizer_steps)
+            self._grouped.restore(record, info.optimizer_steps)
         steps = {"": info.optimizer_steps} if self._grouped is None else self._grouped.steps
-        optim, record = self.run.optim, loaded.get(group_steps.KEY)
-        fault = uncorrected_moments(record, self._grouping, steps, optim=optim)
+        fault = uncorrected_moments(record, self._grouping, steps, optim=self.run.optim)
         if fault and dist.get_rank() == 0:
             logger.warning("%s: %s", directory, fault)
         optimizer_state.fill_optimizer_state(

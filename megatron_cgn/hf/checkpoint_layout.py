@@ -44,6 +44,8 @@ class CheckpointInfo:
         vocab_size: Ids of the tokenizer.
         padded_vocab_size: Rows of the stored embedding.
         dtype: Type of most stored weights: ``bf16``, ``fp16``, ``fp32`` or ``fp64``.
+        new_rows: First row that the optimizer has never updated, by parameter outside the layers:
+            where the vocabulary was extended after the last step.
         files: Size in bytes of every file, by relative path.
         digests: Hash of every file, by relative path.
         format: Version of this layout.
@@ -59,6 +61,7 @@ class CheckpointInfo:
     vocab_size: int
     padded_vocab_size: int
     dtype: str
+    new_rows: Mapping[str, int] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT

@@ -29,7 +29,6 @@ from megatron_cgn.hf.config import read_architecture, read_config_json
 from megatron_cgn.hf.dist_edit import DistEdit, StoredMatrix, blocks_of, link_or_copy
 from megatron_cgn.hf.dist_reader import DistReader
 from megatron_cgn.hf.files import check_free_space, directory_to_write, new_directory, write_json
-from megatron_cgn.hf.group_steps import count_new_rows_from_zero
 from megatron_cgn.hf.streaming import Progress
 from megatron_cgn.hf.vocabulary import (
     ResizeSummary,
@@ -122,17 +121,10 @@ def resize_checkpoint(
             # Let go of one matrix's mapped rows before the next one's.
             _resize(matrices.pop(0), edit, maker, rows, sides, progress)
         written, linked = edit.finish()
-        if info.has_optimizer and extension.new_tokens:
-            count_new_rows_from_zero(
-                work / DIST_DIRECTORY,
-                names,
-                first_new=rows.old_vocab,
-                optimizer_steps=info.optimizer_steps,
-            )
         for file in source.iterdir():
             if file.is_file() and file.name != CHECKPOINT_FILE:
                 link_or_copy(file, work / file.name)
-        _write_info(work, info, rows, extension, edit.file)
+        _write_info(work, info, rows, extension, edit.file, names)
     return ResizeSummary(
         method=method,
         seed=seed,
@@ -271,9 +263,17 @@ def _blocks(
 
 
 def _write_info(
-    work: Path, info: CheckpointInfo, rows: Rows, extension: Extension, new_file: Path
+    work: Path,
+    info: CheckpointInfo,
+    rows: Rows,
+    extension: Extension,
+    new_file: Path,
+    matrices: list[str],
 ) -> None:
     """Write what the checkpoint is now: files of the old one keep their hashes."""
+    new_rows = dict(info.new_rows)  # an earlier extension's, if nothing was trained in between
+    if info.has_optimizer and extension.new_tokens:
+        new_rows = {key: rows.old_vocab for key in matrices} | new_rows
     changed: dict[str, Any] = {
         "model.vocab_size": rows.new,
         "tokenizer": extension.new_fingerprint,
@@ -284,6 +284,6 @@ def _write_info(
     digests = {n: v for n, v in digests.items() if n.endswith(new_file.suffix)}
     write_info(
         work,
-        replace(info, vocab_size=rows.new, padded_vocab_size=rows.new, fit=fit),
+        replace(info, vocab_size=rows.new, padded_vocab_size=rows.new, fit=fit, new_rows=new_rows),
         tensor_digests=digests | {str(new_file.relative_to(work)): digest(new_file)},
     )

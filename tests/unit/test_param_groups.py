@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_cgn.config.load import typed_config
 from megatron_cgn.config.schema import ModelConfig, OptimConfig, ParamGroupConfig, RunConfig
 from megatron_cgn.engine.group_selection import configured_groups, first_new_id, resolve_groups
-from megatron_cgn.engine.param_groups import END, Group, Grouping, uncorrected_moments
+from megatron_cgn.engine.param_groups import (
+    END,
+    Group,
+    Grouping,
+    uncorrected_moments,
+    with_new_rows,
+)
 from megatron_cgn.errors import ConfigError, DataError
-from megatron_cgn.hf.group_steps import count_new_rows_from_zero
 from megatron_cgn.model.architecture import Architecture
 from tokenizer.extension import FILE_NAME, Extension, NewToken
 
@@ -291,21 +295,16 @@ def test_updates_return_by_parameter_and_row() -> None:
 
 
 @pytest.mark.parametrize("recorded", [False, True])
-def test_new_rows_of_a_resized_checkpoint_are_counted_from_zero(
-    tmp_path: Path, recorded: bool
-) -> None:
+def test_new_rows_of_a_resized_checkpoint_are_counted_from_zero(recorded: bool) -> None:
     """Whether or not the run before had groups, one of which is cut by the new rows."""
     before = _resolve(_group("a", "embeddings", rows="new", rows_from=500, lr_mult=2.0))
-    record = {"group_steps": before.record({"a": 5, "": 8})} if recorded else {}
-    torch.save({"iteration": 3, **record}, tmp_path / "common.pt")
-    count_new_rows_from_zero(tmp_path, [EMBEDDING[1], HEAD[1]], first_new=900, optimizer_steps=8)
-    common = torch.load(tmp_path / "common.pt")
-    assert common["iteration"] == 3
+    given = before.record({"a": 5, "": 8}) if recorded else None
+    record = with_new_rows(given, {EMBEDDING[1]: 900, HEAD[1]: 900}, 8)
     warm_up = _resolve(
         _group("new", "embeddings", "output", rows="new", rows_from=900),
         _group("rest", "others", frozen_until_step=3),
     )
-    assert warm_up.restored_steps(common["group_steps"], 8) == {"new": 0, "rest": 8}
+    assert warm_up.restored_steps(record, 8) == {"new": 0, "rest": 8}
     ranges = Grouping(
         (
             Group(name="first", rows={EMBEDDING: (0, 500)}),
@@ -313,8 +312,9 @@ def test_new_rows_of_a_resized_checkpoint_are_counted_from_zero(
             Group(name="third", rows={EMBEDDING: (900, END), HEAD: (900, END)}),
         )
     )
+    assert with_new_rows(given, {}, 8) is given
     counts = {"first": 8, "second": 5 if recorded else 8, "third": 0}
-    assert ranges.restored_steps(common["group_steps"], 8) == counts
+    assert ranges.restored_steps(record, 8) == counts
 
 
 def test_adam_without_its_correction_is_told() -> None:

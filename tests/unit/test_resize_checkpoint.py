@@ -117,6 +117,22 @@ def test_what_is_said_of_the_checkpoint(tmp_path: Path) -> None:
     assert [n for n in new.digests if n.endswith(".distcp")] == ["dist/__vocabulary_0.distcp"]
 
 
+def test_rows_without_an_update_are_named_where_there_is_an_optimizer(tmp_path: Path) -> None:
+    source = _checkpoint(tmp_path)
+    _resize(source, tmp_path / "without")
+    assert read_info(tmp_path / "without").new_rows == {}
+    content = json.loads((source / "checkpoint.json").read_text())
+    content |= {"has_optimizer": True, "optimizer_steps": 39}
+    (source / "checkpoint.json").write_text(json.dumps(content))
+    _resize(source, tmp_path / "none", extension([], old=70))
+    assert read_info(tmp_path / "none").new_rows == {}
+    _resize(source, tmp_path / "one")
+    _resize(tmp_path / "one", tmp_path / "two", extension([(72, 1)], old=73))
+    new_rows = {"embedding.word_embeddings.weight": 70, "output_layer.weight": 70}
+    assert read_info(tmp_path / "one").new_rows == new_rows
+    assert read_info(tmp_path / "two").new_rows == new_rows  # nothing was trained in between
+
+
 def test_a_second_extension_drops_what_the_first_wrote(tmp_path: Path) -> None:
     source = _checkpoint(tmp_path)
     _resize(source, tmp_path / "one")
