@@ -129,6 +129,12 @@ def term_table(terms: Sequence[Mapping[str, Any]]) -> str:
     return table(("term", "now", "#id", "#in the corpus", "#comes out whole"), rows)
 
 
+def proof_table(proofs: Sequence[Mapping[str, Any]]) -> str:
+    """A row a proof: whether it holds, and what was checked."""
+    rows = [[proof["name"], "ok" if proof["ok"] else "FAILED", proof["text"]] for proof in proofs]
+    return table(("proof", "", "what was checked"), rows)
+
+
 def bits_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row a held-out source."""
     heads = ("source", "#before", "#right after", "#after training", "#change")

@@ -19,7 +19,10 @@ the layout of version 1; sizes are numbers of new tokens, shares are from 0 to 1
   of held-out text); ``gain, marginal_gain, accepted, verdict``; and ``cost``, None without a model.
 - ``cost``: the fields of ``cost.ModelCost`` and ``flops_per_byte`` (``domain, general, mix``),
   ``corpus_flops`` (one epoch), ``planned_flops``, ``kv_cache_bytes_per_character``.
-- ``shown_size``: the size that the lists below are of: the recommended one, or the largest.
+- ``made``: None where nothing was; else ``num_tokens``, ``model`` (None, or the fields of
+  ``hf.vocabulary.ResizeSummary``) and ``proofs``, with the fields of ``proof.Proof``.
+- ``shown_size``: the size that the lists below are of: the one that was asked for, else the
+  recommended one, else the largest.
 - ``best_tokens``, ``least_used_tokens``: ``id, text, origin, pieces, uses, per_million,
   saved_tokens``; ``uses_in`` says which text the uses are counted in.
 - ``terms``, ``rejected``, ``settings``: as in ``vocab_extension.json``.
@@ -71,6 +74,7 @@ def report_content(
     words: Words | None = None,
     architecture: Architecture | None = None,
     shape: TrainingShape | None = None,
+    asked_for: int | None = None,
 ) -> dict[str, Any]:
     """Gather everything that ``report.json`` holds.
 
@@ -85,6 +89,7 @@ def report_content(
         words: Words of the corpus.
         architecture: The model, if there is one.
         shape: How it will be trained; None for the defaults.
+        asked_for: Number of new tokens that the user insists on, if any; it was measured.
 
     Returns:
         Plain values.
@@ -100,7 +105,7 @@ def report_content(
             for point in sweep.points
         ]
     judged = candidates(sweep, extension=extension, costs=costs, policy=policy)
-    shown = _shown(sweep, recommendation)
+    shown = _shown(sweep, asked_for or recommendation.num_tokens)
     segments = Segments(extender.tokenizer, extension)
     return {
         "version": 1,
@@ -141,6 +146,7 @@ def report_content(
         "examples": _examples(sweep, shown, segments),
         "agreement": asdict(sweep.agreement),
         "bits_per_byte": None,
+        "made": None,
         "settings": dict(extension.settings),
         "versions": _versions(),
     }
@@ -179,10 +185,10 @@ def add_bits_per_byte(directory: Path, *, before: Path, after: Path) -> None:
     write_report(directory, content | {"bits_per_byte": carried_over(before, after)})
 
 
-def _shown(sweep: Sweep, recommendation: Recommendation) -> SweepPoint:
-    """The recommended size; where that is none, the largest, for there is something to see."""
+def _shown(sweep: Sweep, size: int) -> SweepPoint:
+    """The point of a size; where that is 0, the largest, for there is something to see."""
     for point in sweep.points:
-        if point.num_tokens == recommendation.num_tokens > 0:
+        if point.num_tokens == size > 0:
             return point
     return sweep.points[-1]
 

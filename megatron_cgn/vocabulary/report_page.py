@@ -15,6 +15,7 @@ from megatron_cgn.vocabulary.page_tables import (
     bits_table,
     cost_table,
     language_table,
+    proof_table,
     size_table,
     term_table,
     token_table,
@@ -50,6 +51,7 @@ def page_of(content: Mapping[str, Any]) -> str:
     """
     sections = (
         _overview(content),
+        _made(content),
         _sizes(content),
         _charts(content),
         _languages(content),
@@ -90,6 +92,20 @@ def _overview(content: Mapping[str, Any]) -> str:
         '<p class="advice"><strong>Recommendation.</strong> '
         f"{escape(advice['reason'])}</p><p>Measured on {escape('; '.join(read))}.</p>"
         + "".join(f'<p class="warning">{escape(text)}</p>' for text in warnings)
+    )
+
+
+def _made(content: Mapping[str, Any]) -> str:
+    """What lies beside the page, and what was checked on it."""
+    made = content.get("made")
+    if not made:
+        return ""
+    number, first = made["num_tokens"], content["tokenizer"]["old_vocab_size"]
+    advised = content["recommendation"]["num_tokens"]
+    asked = "" if number == advised else f" {number:,} were asked for, {advised:,} are recommended."
+    return (
+        f"<h2>What was made</h2><p>{number:,} new tokens, ids {first:,} to {first + number - 1:,}."
+        f"{asked} Checked on what was written:</p>" + proof_table(made["proofs"])
     )
 
 

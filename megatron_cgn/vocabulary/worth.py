@@ -91,6 +91,7 @@ def assess(
         words=texts.words,
         architecture=architecture,
         shape=shape,
+        asked_for=settings.num_tokens,
     )
     return Worth(
         sweep=found, costs=costs, recommendation=recommendation, policy=policy, report=report

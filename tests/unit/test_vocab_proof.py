@@ -1,16 +1,19 @@
 """Proofs of an extended tokenizer: they hold for a right one, and each fails for its own fault."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from megatron_cgn.vocabulary.proof import Proof, judge
 from megatron_cgn.vocabulary.proof_tokenizer import prove_tokenizer
+from tests.unit import test_extend_sentencepiece as spm
 from tests.unit.data_samples import TEXTS, byte_level_tokenizer
-from tokenizer.extension import Extension, NewToken, Term
+from tokenizer.extension import FILE_NAME, Extension, NewToken, Term
 from tokenizer.wrapper import Tokenizer
 
 DOMAIN = ["The turbine hall\nand the valve of the turbine.", "核电站一回路 turbine", *TEXTS]
@@ -208,6 +211,46 @@ def test_a_term_may_be_an_added_token(tmp_path: Path, old: Path) -> None:
     fields = {n: getattr(extension, n) for n in ("old_vocab_size", "new_tokens")}
     extension = Extension(**fields, old_fingerprint="", new_fingerprint="", terms=(term,))
     assert _proofs(old, new, extension)["options"].ok
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Extension]:
+    """A SentencePiece model without bytes, for which many characters are unknown; and extended."""
+    root = tmp_path_factory.mktemp("unigram")
+    source = spm.write_source(root / "old", spm.train("unigram", byte_fallback=False))
+    spm.write(source, spm.extend(source, 60, ("应急柴油机组", "AP1000 型")), root / "new")
+    said = json.loads((root / "new" / FILE_NAME).read_text(encoding="utf-8"))
+    return source, root / "new", Extension.from_json(said, name="new")
+
+
+def test_a_unigram_model_may_learn_characters(unigram: tuple[Path, Path, Extension]) -> None:
+    old, new, extension = unigram
+    text = "核电站的压力"
+    before, after = (Tokenizer.from_pretrained(path) for path in (old, new))
+    assert before.decode(before.encode(text)) != text == after.decode(after.encode(text))
+    # "sss" is ss|s or s|ss with the same score: the slow and the fast tokenizer choose apart.
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(new / "tokenizer.model"))
+    tied = "s sss制棒棒"
+    assert slow.encode(tied) != after.encode(tied)
+    domain = [*spm.documents(9, count=4), text, tied]
+    proofs = prove_tokenizer(old, new, extension, domain=domain)
+    assert all(proof.ok for proof in proofs), list(map(str, proofs))
+
+
+def test_a_unigram_model_may_not_forget_them(
+    unigram: tuple[Path, Path, Extension], tmp_path: Path
+) -> None:
+    old, new, extension = unigram
+    damaged = Path(shutil.copytree(new, tmp_path / "new"))
+    content = _read(damaged)
+    forget = {"type": "Replace", "pattern": {"String": "的"}, "content": ""}
+    content["decoder"]["decoders"].insert(0, forget)
+    for piece in content["model"]["vocab"][20:80]:
+        piece[1] -= 20.0
+    (damaged / "tokenizer.json").write_text(json.dumps(content))
+    domain = spm.documents(9, count=4)
+    proofs = {p.name: p for p in prove_tokenizer(old, damaged, extension, domain=domain)}
+    assert not any(proofs[name].ok for name in ("decoding", "options", "files"))
 
 
 def test_many_examples_are_cut() -> None:

@@ -112,7 +112,10 @@ def held_out() -> HeldOut:
 
 
 def content_of(
-    *, architecture: Architecture | None = TINY, policy: Policy | None = None
+    *,
+    architecture: Architecture | None = TINY,
+    policy: Policy | None = None,
+    asked_for: int | None = None,
 ) -> dict[str, Any]:
     policy = policy or Policy(min_uses=1, min_share_seen=0.5)
     shape = TrainingShape(seq_length=16, make_vocab_size_divisible_by=1)
@@ -136,6 +139,7 @@ def content_of(
         general=held_out(),
         architecture=architecture,
         shape=shape,
+        asked_for=asked_for,
     )
 
 
@@ -188,6 +192,16 @@ def test_the_page_says_what_is_recommended_and_why(page: Page) -> None:
     reason = content_of()["recommendation"]["reason"]
     assert reason.startswith("3 new tokens save")
     assert reason in page.text
+
+
+def test_what_was_made_is_shown_with_its_proofs(tmp_path: Path) -> None:
+    content = content_of(asked_for=2)
+    assert content["shown_size"] == 2
+    proofs = [{"name": "ids", "ok": True, "text": "all <old> tokens keep theirs"}]
+    write_report(tmp_path, content | {"made": {"num_tokens": 2, "model": None, "proofs": proofs}})
+    shown = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "2 new tokens, ids 256 to 257. 2 were asked for, 3 are recommended." in shown.text
+    assert "all <old> tokens keep theirs" in shown.text and "old" not in shown.tags
 
 
 def test_figures_of_a_size() -> None:
