@@ -14,6 +14,7 @@ from itertools import pairwise
 from tokenizers.normalizers import Normalizer
 from tokenizers.pre_tokenizers import PreTokenizer
 
+from tokenizer.any_text import any_text
 from tokenizer.sentencepiece_model import SPACE
 
 _HAN = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")
@@ -160,4 +161,4 @@ def _one_of(texts: Collection[str]) -> re.Pattern[str] | None:
     """Match any of the texts, of several the longest."""
     if not texts:
         return None
-    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda t: (-len(t), t)))))
+    return re.compile(any_text(texts))

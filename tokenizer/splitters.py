@@ -16,6 +16,7 @@ from typing import Any, Self
 import regex
 from tokenizers import Tokenizer as Backend
 
+from tokenizer.any_text import any_text
 from tokenizer.hard_texts import hard_texts
 from tokenizer.joined_pairs import byte_characters
 
@@ -162,6 +163,9 @@ def _added_pattern(tokens: Sequence[Mapping[str, Any]]) -> "regex.Pattern[str] |
     """An expression for added tokens: of those that begin at one place, the longest."""
     if not tokens:
         return None
+    plain = {t["content"] for t in tokens if not (t["single_word"] or t["lstrip"] or t["rstrip"])}
+    if len(plain) == len(tokens):
+        return regex.compile(any_text(plain))
     choices = []
     for token in sorted(tokens, key=lambda token: -len(token["content"])):
         choice = regex.escape(token["content"])

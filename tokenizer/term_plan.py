@@ -1,9 +1,12 @@
 """Which way each term of the user becomes a single token of a byte-level BPE vocabulary.
 
-A term that is one word for the pre-tokeniser is made by merges: itself, and with a space in front
-where its script puts spaces between words, because that is another word (``rod`` and `` rod`` share
-all tokens on the way but the last). A term that the pre-tokeniser cuts becomes an added token that
-is not special: such a token is found wherever its text stands, inside words too.
+A term that is one word for the pre-tokeniser, in a script that puts spaces between words, is made
+by merges: itself, and with a space in front, because that is another word (``rod`` and `` rod``
+share all tokens on the way but the last). Any other term becomes an added token that is not
+special: such a token is found wherever its text stands, inside words too. That is so for terms
+that the pre-tokeniser cuts, and for Chinese. There, old merges would join a term's end with what
+follows before any new merge is made: Qwen has 系统的, so 冷却剂系统 by merges would be in parts
+wherever 的 is behind it. A single character is left to merges; longer words may have it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +70,11 @@ def plan_terms(terms: Sequence[str], *, vocabulary: ByteLevelVocabulary, split: 
     old = {t: (vocabulary.tokens[t],) for t in terms if t in vocabulary.added_texts}
     forms = {term: _forms(term, split) for term in terms if term not in old}
     pieces = _pieces(vocabulary, [form for some in forms.values() for form in some])
-    impossible = {term for term, some in forms.items() if not some}
+    impossible = {
+        term
+        for term, some in forms.items()
+        if not some or (_is_open(term) and len(pieces[term]) > 1)
+    }
     while True:
         joined = {t: [pieces[f] for f in some] for t, some in forms.items() if t not in impossible}
         merges, found = _join(joined, vocabulary)
@@ -161,6 +168,11 @@ def _forms(term: str, split: Split) -> list[str]:
         return []
     spaced = " " + term
     return [term, spaced] if puts_spaces(term[0]) and list(split(spaced)) == [spaced] else [term]
+
+
+def _is_open(term: str) -> bool:
+    """Whether what is around a term, in its script, is in the same word of the pre-tokeniser."""
+    return len(term) > 1 and not (puts_spaces(term[0]) and puts_spaces(term[-1]))
 
 
 def _pieces(vocabulary: ByteLevelVocabulary, forms: Sequence[str]) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenizer.any_text import any_text
 from tokenizer.splitters import ByteLevelSplitter
 
 
@@ -17,8 +18,7 @@ class TermSplitter(ByteLevelSplitter):
             definition: Content of ``tokenizer.json``, before the extension.
             terms: To be cut out; of those that begin at one place, the longest is.
         """
-        choices = sorted(terms, key=lambda term: (-len(term), term))
-        self._terms = re.compile("|".join(map(re.escape, choices)))
+        self._terms = re.compile(any_text(terms))
         super().__init__(definition)
 
     def __call__(self, text: str) -> list[str]:

@@ -23,8 +23,8 @@ from tokenizer.words import WordCounter
 from tokenizer.wrapper import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-TERMS = ("一回路压力", "15.5 MPa", "primary circuit")
-"""The last two are cut by the pre-tokeniser, so that they become added tokens."""
+TERMS = ("一回路压力", "15.5 MPa", "primary circuit", "pressuriser")
+"""All but the last become added tokens: two are cut by the pre-tokeniser, one is Chinese."""
 DOCUMENTS = (
     *TEXTS,
     "核电站一回路压力约为15.5 MPa，一回路压力",

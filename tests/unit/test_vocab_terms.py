@@ -2,12 +2,14 @@
 
 import itertools
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from megatron_cgn.errors import DataError
+from tokenizer.any_text import any_text
 from tokenizer.bpe_vocabulary import apply_merges
 from tokenizer.term_merges import TermMerges
 from tokenizer.terms import TermFinder, check_terms, read_terms
@@ -116,3 +118,21 @@ def test_few_of_such_words_are_impossible() -> None:
     words = [list(word) for n in (2, 3) for word in itertools.product(range(4), repeat=n)]
     made = [merges.add([word]) for word in words]
     assert made.count(None) < len(words) / 2
+
+
+def test_any_text_matches_the_longest_at_the_first_place() -> None:
+    draw = random.Random(5)
+    for _ in range(300):
+        terms = {
+            "".join(draw.choices("ab.核", k=draw.randint(1, 5))) for _ in range(draw.randint(1, 9))
+        }
+        text = "".join(draw.choices("ab.核x", k=60))
+        plain = "|".join(map(re.escape, sorted(terms, key=len, reverse=True)))
+        assert re.findall(any_text(terms), text) == re.findall(plain, text)
+
+
+def test_any_text_takes_many_texts_that_begin_alike() -> None:
+    terms = ["核" * n for n in range(1, 64)] + ["a*b", "a|b", "a", "[a]"]
+    assert re.findall(any_text(terms), "核" * 64 + "a*b.a|b[a]") == [
+        "核" * 63, "核", "a*b", "a|b", "[a]",
+    ]  # fmt: skip
