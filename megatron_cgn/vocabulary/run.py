@@ -30,7 +30,7 @@ _SHOWN = 8
 _WAYS = {
     "merges": "by merges",
     "piece": "as pieces",
-    "added_token": "as added tokens, for the tokenizer cuts them",
+    "added_token": "as added tokens, which match wherever they stand",
     "existing": "single tokens before",
 }
 
