@@ -79,15 +79,19 @@ class OldRows:
         return result
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows in blocks of a fixed size, each with its first row, as FP32 copies."""
+        """All rows in blocks of a fixed size, each with its first row, as FP32 copies.
+
+        A block is valid until the next: large tensors made and freed block by block would leave
+        gigabytes of a thread's heap in pieces.
+        """
+        buffer = torch.empty(min(_BLOCK_ROWS, len(self)), self.width)
         for start in range(0, len(self), _BLOCK_ROWS):
             stop = min(start + _BLOCK_ROWS, len(self))
-            pieces = [
-                part[max(start - first, 0) : max(stop - first, 0)].float()
-                for part, first in zip(self._parts, self._starts, strict=False)
-                if first < stop and start < first + len(part)
-            ]
-            yield start, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            for part, first in zip(self._parts, self._starts, strict=False):
+                low, high = max(start, first), min(stop, first + len(part))
+                if low < high:
+                    buffer[low - start : high - start] = part[low - first : high - first]
+            yield start, buffer[: stop - start]
 
 
 def new_rows(
@@ -177,7 +181,9 @@ def is_trained(old: OldRows) -> Tensor:
     Returns:
         Bool ``[len(old)]``; all true if that rule would leave none.
     """
-    norms = torch.cat([rows.norm(dim=1) for _, rows in old.blocks()])
+    norms = torch.empty(len(old))
+    for start, rows in old.blocks():
+        torch.linalg.vector_norm(rows, dim=1, out=norms[start : start + len(rows)])
     trained = norms > _UNTRAINED_NORM * norms.median()
     return trained if bool(trained.any()) else torch.ones_like(trained)
 
@@ -218,22 +224,32 @@ class _Normal:
         self._old = old
         self._trained = is_trained(old)
         self._count = int(self._trained.sum())
-        total = torch.zeros(old.width, dtype=torch.float64)
-        for start, rows in old.blocks():
-            total += rows[self._trained[start : start + len(rows)]].double().sum(dim=0)
+        self._mean = torch.zeros(old.width, dtype=torch.float64)
+        total = torch.zeros_like(self._mean)
+        for _, rows in self._centred():
+            total += rows.sum(dim=0)
         self._mean = total / self._count
 
     def draw(self, keys: Sequence[str]) -> Tensor:
         """One FP32 row for each key, which alone decides it."""
         # Rounding from FP64 hides in which order a matrix product adds.
         result = torch.zeros(len(keys), self._old.width, dtype=torch.float64)
-        for start, rows in self._old.blocks():
-            trained = self._trained[start : start + len(rows)]
-            centred = (rows.double() - self._mean)[trained]
-            drawn = np.stack([_standard_normal(f"{key}/{start}", len(rows)) for key in keys])
-            result += torch.from_numpy(drawn)[:, trained].double() @ centred
+        drawn = torch.empty(len(keys), _BLOCK_ROWS, dtype=torch.float64)
+        for start, rows in self._centred():
+            for number, key in enumerate(keys):
+                some = _standard_normal(f"{key}/{start}", len(rows))
+                drawn[number, : len(rows)] = torch.from_numpy(some)
+            result.addmm_(drawn[:, : len(rows)], rows)
         row: Tensor = result / self._count**0.5 + self._mean
         return row.float()
+
+    def _centred(self) -> Iterator[tuple[int, Tensor]]:
+        """Blocks of rows less the mean, in FP64, zero where untrained; valid until the next."""
+        buffer = torch.empty(_BLOCK_ROWS, self._old.width, dtype=torch.float64)
+        for start, rows in self._old.blocks():
+            centred = buffer[: len(rows)].copy_(rows).sub_(self._mean)
+            centred[~self._trained[start : start + len(rows)]] = 0.0
+            yield start, centred
 
 
 def _standard_normal(key: str, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":

@@ -119,6 +119,16 @@ def test_draws_differ_by_token_seed_and_side_and_are_repeated(method: InitMethod
         assert (one - other).abs().max() > 1e-3
 
 
+def test_blocks_share_their_memory() -> None:
+    """New memory for each block leaves a thread's heap in pieces: 2 GB for 128,000 rows."""
+    rows = torch.randn(2500, 3)
+    blocks = OldRows([rows[:700], rows[700:2100], rows[2100:]]).blocks()
+    seen = [(start, block.clone(), block.data_ptr()) for start, block in blocks]
+    assert [start for start, _, _ in seen] == [0, 1024, 2048]
+    assert torch.equal(torch.cat([block for _, block, _ in seen]), rows)
+    assert len({place for _, _, place in seen}) == 1
+
+
 def test_no_new_tokens_make_no_rows() -> None:
     for method in METHODS:
         assert new_rows(_old(), [], method=method).shape == (0, 12)
