@@ -200,7 +200,7 @@ def uncorrected_moments(
                 counted.append((max(counts), name, start))
     if not counted:
         return None
-    count, name, start = max(counted)
+    count, name, start = max(counted, key=lambda found: found[0])
     mean = (1 - optim.adam_beta1) / (1 - optim.adam_beta1 ** (count + 1))
     square = (1 - optim.adam_beta2) / (1 - optim.adam_beta2 ** (count + 1))
     return (

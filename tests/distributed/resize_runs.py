@@ -1,6 +1,6 @@
 """Train, extend the vocabulary of the checkpoint, go on under another layout: what processes run.
 
-Four processes are started once, as for `checkpoint_runs.py`.
+Processes are started once, as for `checkpoint_runs.py`.
 """
 
 import gc
@@ -40,7 +40,7 @@ class Job:
 
 
 def run_jobs(root: Path, models: dict[str, Path], jobs: Sequence[Job]) -> dict[str, list[float]]:
-    """Run jobs one after another in this process, which is one of four.
+    """Run jobs one after another in this process, which is one of several.
 
     Args:
         root: Where checkpoints go: ``<name>/step_…`` and ``<name>-resized/step_…``.

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_runs import VOCABULARY, Layout, layout, read_tensors, unequal
+from checkpoint_runs import BEFORE, VOCABULARY, Layout, layout, read_tensors, unequal
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from resize_runs import EXTENSION, PIECES, Job, run_jobs
 from resize_samples import tokenizer_of
 from torch import Tensor
 
+from megatron_cgn.config.schema import ParamGroupConfig
 from megatron_cgn.hf.resize import resize_hf
 from megatron_cgn.hf.to_hf import convert_to_hf
 from megatron_cgn.testing import FP32_PARALLEL_RTOL, run_distributed, tiny_hf_model
@@ -25,13 +27,19 @@ LAYOUTS: dict[str, Layout] = {
     "one": layout(1),
     "pp2": layout(2, pp=2),
     "pp2-interleaved": layout(2, pp=2, vp=2),
-    "tp2-pp2": layout(4, tp=2, pp=2),
+    "tp2": layout(2, tp=2),
 }
 PAIRS = [
-    ("tp2-pp2", "bf16", "llama", ("one", "pp2")),
-    ("one", "fp32", "llama", ("tp2-pp2",)),
-    ("pp2-interleaved", "fp32", "tied", ("one", "tp2-pp2")),
+    ("tp2", "bf16", "llama", ("one", "pp2")),
+    ("one", "fp32", "llama", ("tp2",)),
+    ("pp2-interleaved", "fp32", "tied", ("one", "tp2")),
 ]
+WARM_UP = (
+    ParamGroupConfig(
+        name="new", parameters=("embeddings", "output"), rows="new", rows_from=VOCABULARY
+    ),
+    ParamGroupConfig(name="rest", parameters=("others",), lr_mult=0.5),
+)
 CASES = [(f"{p}-{m}", s, f"{p}-{m}-{o}") for s, p, m, others in PAIRS for o in others]
 MATRICES = ("word_embeddings.weight", "output_layer.weight")
 MASTER = "optimizer.state.fp32_param."
@@ -71,13 +79,13 @@ class Runs:
         jobs.append(
             Job(
                 name="fp32-llama-anew",
-                layout=LAYOUTS["one"].of(precision="fp32", model="llama"),
+                layout=LAYOUTS["tp2"].of(precision="fp32", model="llama", groups=WARM_UP),
                 start="fp32-llama",
                 resumes=False,
             )
         )
         self.losses: list[dict[str, list[float]]] = run_distributed(
-            run_jobs, 4, root, models, jobs, timeout_s=1200
+            run_jobs, 2, root, models, jobs, timeout_s=1200
         )
 
     def tensors(self, name: str, rows: int = ALL_ROWS) -> dict[str, Tensor]:
@@ -124,9 +132,13 @@ def test_a_run_that_begins_anew_may_take_the_optimizer_over(runs: Runs) -> None:
     name = "fp32-llama-anew"
     assert (runs.root / name / "step_0000000").is_dir()
     assert unequal(runs.tensors(name, ROWS), runs.tensors("fp32-llama-resized", ROWS)) == []
+    # Adam's correction of the new rows begins; that of the others goes on.
+    (saved,) = (runs.root / name).glob("step_*")
+    record = load_common_state_dict(saved / "dist")["group_steps"]
+    assert [entry["steps"] for entry in record] == [0, BEFORE]
     # Its rates are those of the first steps, and the moments are those of a run that resumes.
     losses = runs.losses[0]
-    assert losses[name][0] == pytest.approx(losses["fp32-llama-tp2-pp2"][0], rel=FP32_PARALLEL_RTOL)
+    assert losses[name][0] == pytest.approx(losses["fp32-llama-tp2"][0], rel=FP32_PARALLEL_RTOL)
 
 
 def test_training_goes_on_alike_on_every_layout(runs: Runs) -> None:
