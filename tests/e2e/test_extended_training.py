@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from safetensors.torch import load_file
 from tiny_files import WORDS, TinyFiles
 from train_runs import Zygote, overrides, records
 
 from megatron_cgn.data.retokenize import retokenize
 from megatron_cgn.hf.resize import resize_hf
+from megatron_cgn.hf.resize_checkpoint import resize_checkpoint
 from tokenizer.extend import open_extender
-from tokenizer.extension import FILE_NAME
+from tokenizer.extension import FILE_NAME, Extension
 from tokenizer.filters import Rules
 from tokenizer.words import WordCounter
 
@@ -35,6 +37,7 @@ class Extended:
     model: Path
     sources: str
     old_vocab_size: int
+    extension: Extension
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,7 @@ def extended(tiny: TinyFiles, tmp_path_factory: pytest.TempPathFactory) -> Exten
         model=root / "model",
         sources=f"data.sources=[{','.join(prefixes)}]",
         old_vocab_size=extension.old_vocab_size,
+        extension=extension,
     )
 
 
@@ -131,6 +135,43 @@ def test_new_rows_alone_move_and_the_export_says_which_they_are(
             assert after[name].equal(weight), name
     written = json.loads((tmp_path / "run/export" / FILE_NAME).read_text("utf-8"))
     assert written["old_vocab_size"] == first
+
+
+def test_a_checkpoint_with_its_optimizer_goes_into_a_run_on_new_data(
+    tiny: TinyFiles, extended: Extended, zygote: Zygote, tmp_path: Path
+) -> None:
+    before = overrides(tiny, tmp_path / "before", "train.train_iters=3")
+    ended = zygote.run(before, stderr=tmp_path / "before.log")
+    assert ended.codes == [0], ended.stderr
+
+    def write_tokenizer(directory: Path) -> None:
+        open_extender(tiny.model).write(extended.extension, directory)
+
+    resize_checkpoint(
+        tmp_path / "before/checkpoints/step_0000003",
+        tmp_path / "resized",
+        extended.extension,
+        write_tokenizer=write_tokenizer,
+    )
+    wanted = [f"model.hf_path={tmp_path / 'resized'}", "checkpoint.load_optimizer=true"]
+    first_loss = {}
+    for name, groups in (("warm-up", [WARM_UP]), ("without", [])):
+        words = _overrides(tiny, extended, tmp_path / name, *wanted, *groups)
+        words.remove(f"model.hf_path={extended.model}")
+        ended = zygote.run(words, stderr=tmp_path / f"{name}.log")
+        assert ended.codes == [0], ended.stderr
+        warned = "embedding.word_embeddings.weight from row" in ended.stderr
+        assert warned == (name == "without")
+        assert ("group new: 2 parameter(s) (rows from" in ended.stderr) == (name == "warm-up")
+        first_loss[name] = next(r["loss"] for r in records(tmp_path / name) if "loss" in r)
+        last = tmp_path / name / "checkpoints/step_0000004"
+        info = json.loads((last / "checkpoint.json").read_text("utf-8"))
+        assert (info["step"], info["optimizer_steps"]) == (4, 3 + 4)
+        if name == "warm-up":
+            # The new rows in all four steps of this run; the others in three before and two of it.
+            record = load_common_state_dict(last / "dist")["group_steps"]
+            assert [entry["steps"] for entry in record] == [4, 3 + 2]
+    assert first_loss["warm-up"] == first_loss["without"]
 
 
 def test_faults_are_told_before_anything_is_built(
