@@ -34,8 +34,8 @@ class Extender(Protocol):
         """Give what cuts texts into the words that `extend` counts.
 
         Args:
-            terms: The terms that `extend` will get. Those that the pre-tokeniser would cut are cut
-                out first, as the extended tokenizer will do.
+            terms: The terms that `extend` will get. Those that become added tokens are cut out
+                first, as the extended tokenizer will do.
 
         Returns:
             A picklable function from a text to its words.
@@ -112,6 +112,7 @@ def kind_of(directory: str | Path) -> Kind:
         return _kind_of_definition(definition, path, has_pieces)
     if has_pieces:
         return _kind_of_pieces(path / "tokenizer.model")
+    _refuse_named_otherwise(path)
     tiktoken = sorted(path.glob("*.tiktoken")) if path.is_dir() else []
     if tiktoken and not (path / "vocab.json").is_file():
         raise DataError(
@@ -189,11 +190,28 @@ def _kind_of_definition(definition: dict[str, Any], path: Path, has_pieces: bool
     if model == "Unigram" and has_pieces:
         return _kind_of_pieces(path / "tokenizer.model")
     if model == "Unigram":
+        _refuse_named_otherwise(path)
         raise DataError(
             f"{path}: a Unigram tokenizer without its tokenizer.model. Put the SentencePiece "
             "model file, from which tokenizer.json was converted, beside it."
         )
     raise DataError(f"{path}: a {model} tokenizer cannot be extended. {_REMEDY}")
+
+
+def _refuse_named_otherwise(path: Path) -> None:
+    """Refuse the SentencePiece models whose file has another name, for what each name means."""
+    if (path / "sentencepiece.bpe.model").is_file():
+        raise DataError(
+            f"{path / 'sentencepiece.bpe.model'}: its ids are not those of the tokenizer, which "
+            "moves them to make room for special tokens (XLM-RoBERTa, CamemBERT, mBART). Such a "
+            f"tokenizer cannot be extended. {_REMEDY}"
+        )
+    if (path / "spiece.model").is_file():
+        raise DataError(
+            f"{path / 'spiece.model'}: a SentencePiece model of T5, ALBERT or XLNet, whose files "
+            "are not written under this name. Copy it to tokenizer.model beside tokenizer.json, "
+            "and extend that."
+        )
 
 
 def _has_byte_level(component: dict[str, Any] | None) -> bool:

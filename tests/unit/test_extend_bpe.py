@@ -434,7 +434,18 @@ def test_kinds_are_told_apart(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
         with pytest.raises(DataError, match=message):
             kind_of(tmp_path)
+    for name, message in (
+        ("spiece.model", "Copy it to tokenizer.model"),
+        ("sentencepiece.bpe.model", "its ids are not those of the tokenizer"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(DataError, match=message):
+            kind_of(tmp_path)  # beside tokenizer.json
     (tmp_path / "tokenizer.json").unlink()
+    for name in ("sentencepiece.bpe.model", "spiece.model"):
+        with pytest.raises(DataError, match=name):
+            kind_of(tmp_path)  # alone
+        (tmp_path / name).unlink()
     (tmp_path / "qwen.tiktoken").write_text("")
     with pytest.raises(DataError, match="tiktoken"):
         kind_of(tmp_path)
