@@ -1,28 +1,29 @@
 """The ids of a Hugging Face tokenizer, made ten times faster by the package `gigatoken`.
 
 The package is young and does not do every tokenizer, so nothing is taken on trust. Tokenizers with
-options that it ignores are refused; a fixed set of hard texts (``hard_texts.py``) must come out
-equal; callers hold samples of their own data against the original by `FastEncoder.prove`; and texts
-with characters that the two libraries may know from different versions of Unicode never reach it.
+options that it ignores are refused (``fast_definition.py``); a fixed set of hard texts
+(``hard_texts.py``) must come out equal; callers hold samples of their own data against the original
+by `FastEncoder.prove`; and texts with characters that the two libraries may know from different
+versions of Unicode never reach it.
 
 Its speed comes from a cache of words, which Chinese has no use for: texts with ideographs are cut
 into short pieces where that changes nothing, and a table gives their ids (``han_segments.py``).
 """
 
 import ctypes
-import json
 import logging
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tokenizer.fast_definition import NotEqual as NotEqual
+from tokenizer.fast_definition import definition_for, to_json
 from tokenizer.han_cuts import CannotCut, HanCuts
 from tokenizer.han_segments import Flat, HanSegments
 from tokenizer.hard_texts import hard_texts
@@ -41,10 +42,6 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _SETTLED_BYTES = bytes(
     byte for byte in range(256) if byte < 0xDF or 0xE2 <= byte <= 0xE9 or 0xEB <= byte <= 0xEF
 )
-
-
-class NotEqual(Exception):
-    """The package cannot do this tokenizer, or gives other ids. Says why; never a user's fault."""
 
 
 class FastIds:
@@ -67,11 +64,14 @@ class FastIds:
         from gigatoken import gigatoken_rs
 
         self._rust: Any = gigatoken_rs
-        kept = _definition_for(definition)
-        added = sorted(definition.get("added_tokens") or (), key=lambda token: token["id"])
-        self.added_tokens: list[str] = [token["content"] for token in added]
-        self._definition = _to_json(kept)
-        self._segments = self._cut_at_ideographs(kept, name)
+        try:
+            kept = definition_for(definition)
+            added = sorted(definition.get("added_tokens") or (), key=lambda token: token["id"])
+            self.added_tokens: list[str] = [token["content"] for token in added]
+            self._segments = self._cut_at_ideographs(kept, name)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise NotEqual(f"tokenizer.json is not as it should be: {error!r}") from error
+        self._definition = to_json(kept)
         self._backend: Any = None
         self._open()
         del kept
@@ -262,97 +262,6 @@ def _interleave(is_first: npt.NDArray[np.bool_], first: Flat, second: Flat) -> F
     ids = np.empty(len(mask), dtype=np.uint32)
     ids[mask], ids[~mask] = first[0], second[0]
     return ids, lengths
-
-
-def read_definition(directory: str | Path) -> dict[str, Any] | None:
-    """Read ``tokenizer.json`` without opening the tokenizer.
-
-    Args:
-        directory: Hugging Face tokenizer directory.
-
-    Returns:
-        Its content, or None where the tokenizer might be another than it says: where it is missing,
-        spelt as older versions did, or lacks tokens that ``tokenizer_config.json`` names.
-    """
-    try:
-        definition: dict[str, Any] = _from_json((Path(directory) / "tokenizer.json").read_bytes())
-        added, model = definition["added_tokens"], definition["model"]
-        ids = {*model["vocab"].values(), *(token["id"] for token in added)}
-        if not all(
-            {"special", "normalized", "lstrip", "rstrip", "single_word"} <= {*t} for t in added
-        ):
-            return None
-        config = Path(directory) / "tokenizer_config.json"
-        if config.is_file():
-            named = _from_json(config.read_bytes()).get("added_tokens_decoder") or {}
-            if not ids.issuperset(map(int, named)):
-                return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None  # whatever it is, the original tells
-    return definition
-
-
-def _from_json(text: bytes) -> Any:
-    try:
-        import orjson
-    except ImportError:
-        return json.loads(text)
-    return orjson.loads(text)
-
-
-def _to_json(definition: dict[str, Any]) -> bytes:
-    try:
-        import orjson
-    except ImportError:
-        return json.dumps(definition).encode()
-    return orjson.dumps(definition)
-
-
-def _definition_for(definition: dict[str, Any]) -> dict[str, Any]:
-    """``tokenizer.json`` for the package: special tokens are left out, so text never becomes one.
-
-    Raises:
-        NotEqual: If it has options that the package passes over.
-    """
-    model = definition["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise NotEqual("it is used for byte-level BPE alone")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise NotEqual(f"the option {option!r} of the model is passed over")
-    _check_splitting(definition.get("pre_tokenizer"), within_sequence=False)
-    merged = _merged_ids(model)
-    if merged != sorted(merged):
-        raise NotEqual("ids are taken for ranks of the merges, and are in another order")
-    ordinary = [token for token in definition.get("added_tokens") or () if not token["special"]]
-    for token in ordinary:
-        normalized = token["normalized"] and definition.get("normalizer") is not None
-        if token["lstrip"] or token["rstrip"] or token["single_word"] or normalized:
-            raise NotEqual(f"options of the added token {token['content']!r} are passed over")
-    return definition | {"added_tokens": ordinary}
-
-
-def _check_splitting(component: dict[str, Any] | None, *, within_sequence: bool) -> None:
-    kind = None if component is None else component["type"]
-    if component is not None and kind == "Sequence" and not within_sequence:
-        for member in component["pretokenizers"]:
-            _check_splitting(member, within_sequence=True)
-    elif component is not None and kind == "Split":
-        if component["behavior"] != "Isolated" or component["invert"]:
-            raise NotEqual("the way in which the pre-tokenizer splits is passed over")
-    elif component is not None and kind == "ByteLevel":
-        if component["add_prefix_space"] or component["use_regex"] == within_sequence:
-            raise NotEqual("options of the byte-level pre-tokenizer are passed over")
-    else:
-        raise NotEqual(f"the pre-tokenizer is a {kind}")
-
-
-def _merged_ids(model: dict[str, Any]) -> list[int]:
-    vocabulary = model["vocab"]
-    return [
-        vocabulary[m[0] + m[1] if isinstance(m, list) else m.replace(" ", "", 1)]
-        for m in model["merges"]
-    ]
 
 
 @contextmanager

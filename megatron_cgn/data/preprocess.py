@@ -26,7 +26,8 @@ from megatron_cgn.data.original import Original
 from megatron_cgn.data.readers import check_inputs, read_blocks
 from megatron_cgn.data.shared import Encoders
 from megatron_cgn.errors import DataError
-from tokenizer.fast import FastIds, NotEqual, read_definition, sample_ids
+from tokenizer.fast import FastIds, sample_ids
+from tokenizer.fast_definition import NotEqual, read_definition
 from tokenizer.hard_texts import hard_texts
 from tokenizer.wrapper import Tokenizer
 
@@ -140,6 +141,7 @@ class _Run:
                         error,
                     )
                     return None
+            original.facts()  # a tokenizer that is damaged says so here
         log.info("Encoding with Hugging Face's tokenizers, about ten times slower. (%s)", reason)
         return None
 
