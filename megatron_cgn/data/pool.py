@@ -1,41 +1,24 @@
 """Work given to processes: results in order, a bounded number under way, one fault ends it all.
 
 The main process has no threads for this, so it may fork at any time: processes may be started one
-by one, and one that has grown too large is replaced by a fresh copy of the main process.
+by one, and one that has grown too large is replaced by a fresh copy of the main process. What a
+process does is in ``pool_member.py``.
 """
 
-import contextlib
-import logging
+import atexit
 import multiprocessing
-import os
-import pickle
-import signal
-import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import connection
-from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
+from megatron_cgn.data.pool_member import LARGE_BYTES, Member
 from megatron_cgn.errors import DataError
 
 # Tasks a process holds: one that runs and one that waits, so that it is never idle.
 _TASKS_HELD = 2
-# A task as large as this is given only to a process that has nothing else: were both sides to
-# write more than a pipe holds (64 KiB), each would wait for the other to read.
-_LARGE_BYTES = 1 << 14
-
-
-class _Process(Protocol):
-    sentinel: int
-    pid: int | None
-
-    def start(self) -> None: ...
-    def kill(self) -> None: ...
-    def join(self) -> None: ...
 
 
 class Pool[T, R]:
@@ -71,7 +54,7 @@ class Pool[T, R]:
         self._describe = describe
         self._remedy = remedy
         self._here: Callable[[T], R] | None = None
-        self._members: list[_Member] = []
+        self._members: list[Member] = []
         self._waiting: deque[tuple[int, str, Any]] = deque()
         self._done: dict[int, tuple[bool, Any]] = {}
         self._num_given = self._num_taken = 0
@@ -80,9 +63,11 @@ class Pool[T, R]:
         """Start the processes."""
         if not self._num_processes:
             self._here = self._make_worker()
+        # An error that nobody catches keeps this open; the interpreter would wait for them then.
+        atexit.register(self._end_at_exit)
         try:
             for _ in range(self._num_processes):
-                self._members.append(_Member(self._context, self._make_worker))
+                self._members.append(Member(self._context, self._make_worker))
         except BaseException:
             self._end(at_once=True)
             raise
@@ -97,7 +82,11 @@ class Pool[T, R]:
         """End the processes: after their tasks if all is well, else at once."""
         self._end(at_once=kind is not None or self.pending > 0)
 
+    def _end_at_exit(self) -> None:
+        self._end(at_once=True)
+
     def _end(self, *, at_once: bool) -> None:
+        atexit.unregister(self._end_at_exit)
         for member in self._members:
             member.end(at_once=at_once)
         for member in self._members:
@@ -191,12 +180,12 @@ class Pool[T, R]:
             if member.spent and not member.tasks:
                 member.end(at_once=False)
                 member.join()
-                self._members[place] = _Member(self._context, self._make_worker)
+                self._members[place] = Member(self._context, self._make_worker)
         while self._waiting:
             number, name, message = self._waiting[0]
             free = [m for m in self._members if not m.spent and len(m.tasks) < _TASKS_HELD]
             chosen = min(free, key=lambda m: len(m.tasks), default=None)
-            is_large = len(message) > _LARGE_BYTES
+            is_large = len(message) > LARGE_BYTES
             if chosen is None or (chosen.tasks and (is_large or chosen.holds_large)):
                 return
             self._waiting.popleft()
@@ -215,51 +204,12 @@ class Pool[T, R]:
             self._done[number] = (is_result, result)
             member.spent |= spent
 
-    def _fail(self, member: "_Member") -> None:
+    def _fail(self, member: "Member") -> None:
         names = "; ".join(dict.fromkeys(member.tasks.values()))
         raise DataError(
             "a worker process was killed, probably for want of memory, or by a file that its "
             f"parser cannot stand. Under way were: {names or 'nothing'}. {self._remedy}"
         )
-
-
-class _Member:
-    """A process, and what it has to do."""
-
-    def __init__(self, context: Any, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
-        self.pipe, theirs = context.Pipe()
-        self.tasks: dict[int, str] = {}
-        self.holds_large = False
-        self.spent = False
-        # Not a daemon: those may not start processes, which parsers of files do.
-        self._process: _Process = context.Process(
-            target=_work, args=(theirs, make_worker), daemon=False
-        )
-        self._process.start()
-        theirs.close()  # or its end would go unnoticed
-
-    def give(self, number: int, name: str, message: Any) -> None:
-        self.tasks[number] = name
-        self.holds_large = len(message) > _LARGE_BYTES
-        self.pipe.send(number)
-        self.pipe.send_bytes(message)
-
-    def receive(self) -> tuple[int, bool, Any, bool]:
-        answer: tuple[int, bool, Any, bool] = self.pipe.recv()
-        del self.tasks[answer[0]]
-        self.holds_large = False
-        return answer
-
-    def end(self, *, at_once: bool) -> None:
-        if at_once:
-            self._process.kill()
-        else:  # in words: the copies of this process that came later hold the pipe open
-            with contextlib.suppress(OSError):
-                self.pipe.send(None)
-        self.pipe.close()
-
-    def join(self) -> None:
-        self._process.join()
 
 
 def map_in_order[T, R](
@@ -292,44 +242,3 @@ def map_in_order[T, R](
     )
     with pool:
         yield from pool.map(tasks, tasks_ahead=workers * _TASKS_HELD)
-
-
-def _work(pipe: Connection, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
-    """What a process does: tasks, until the pipe is closed."""
-    # Ctrl-C is the main process's to answer, as is SIGTERM, which ends this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    worker: Callable[[Any], Any] | None = None
-    while True:
-        try:
-            number = pipe.recv()
-            if number is None:
-                return
-            message = pipe.recv_bytes()
-        except EOFError:
-            return
-        spent = False
-        try:
-            worker = worker or make_worker()
-            result, is_result = worker(pickle.loads(message)), True
-            spent = worker.spent() if hasattr(worker, "spent") else False
-        except BaseException as error:  # a panic of Rust's is no Exception
-            error.add_note("".join(traceback.format_exception(error)))
-            result, is_result = error, False
-        del message
-        answer = (number, is_result, result, spent)
-        try:
-            pipe.send(answer)
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
-            pipe.send((number, False, RuntimeError(f"{result!r} cannot be sent: {error}"), spent))
-        del result, answer
-
-
-def _end_with_parent() -> None:
-    """End this process when the main one is killed; it would go on with its task first."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
