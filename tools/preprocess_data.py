@@ -66,6 +66,11 @@ def main() -> int:
 def _index(arguments: argparse.Namespace) -> None:
     # What is left to the original tokenizer goes to its library's threads: no more than asked for.
     os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)
+    # This process is copied while it runs, and a copy lacks all threads but one: have none that
+    # libraries start for themselves. (NumPy's end before the copy is made and begin anew after. One
+    # that Arrow reads tables with stays: it is idle then, and no copy reads tables.)
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # Arrow's allocator
+    tqdm.monitor_interval = 0
     with _progress("indexing", total=check_inputs(arguments.input), unit="B") as bar:
         summary = preprocess(
             arguments.input,

@@ -48,7 +48,9 @@ def read_parquet(
             )
             size = _batch_rows(row_bytes, block_bytes, block_rows)
             others = _present(file.schema_arrow, extra)
-            batches = file.iter_batches(batch_size=size, columns=[field, *others])
+            batches = file.iter_batches(
+                batch_size=size, columns=[field, *others], use_threads=False
+            )
             for values, more in _parts(batches, path, field, others, block_bytes):
                 yield values, more, file.metadata.num_rows
     except pa.ArrowException as error:

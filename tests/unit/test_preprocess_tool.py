@@ -114,6 +114,35 @@ def test_faults_end_with_one_message_and_leave_nothing(
     assert list(out.parent.iterdir()) == []
 
 
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, tokenizer_dir: Path, corpus: Path) -> None:
+    """Whoever opens it first: with several processes, that is not the library itself."""
+    definition = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    definition["model"]["merges"].append(["zzqq", "qqzz"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    common = ("--input", corpus, "--tokenizer", tmp_path, "--output-prefix", tmp_path / "p")
+    result = run(*common, "--field", "body", "--workers", 2)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "not a readable tokenizer" in result.stderr and "zzqq" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_no_thread_is_there_when_a_process_is_copied(
+    tmp_path: Path, tokenizer_dir: Path, corpus: Path
+) -> None:
+    """Neither at the start nor when processes that have grown are replaced."""
+    script = (
+        "import runpy; from megatron_cgn.data import encode; encode._SPENT_BYTES = -1 << 40\n"
+        f"runpy.run_path({COMMAND[1]!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-W", "always:This process", "-c", script, "--field", "body"]
+    inputs = ["--input", corpus, "--workers", "2"]
+    output = ["--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "p"]
+    result = subprocess.run(
+        [*command, *map(str, [*inputs, *output])], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_nothing_but_empty_documents_is_a_fault(tmp_path: Path, tokenizer_dir: Path) -> None:
     source = tmp_path / "c.jsonl"
     source.write_text('{"text": ""}\n\n')
@@ -316,6 +345,21 @@ def test_a_spent_process_is_replaced() -> None:
         results = list(pool.map(range(12), tasks_ahead=6))
     assert [number for number, _ in results] == list(range(12))
     assert len({process for _, process in results}) >= 6  # each may have held one more already
+
+
+def test_an_error_that_nobody_catches_does_not_hang() -> None:
+    """It keeps the pool open; processes that wait for tasks must not be waited for."""
+    script = (
+        "from megatron_cgn.data.pool import Pool\n"
+        "def run():\n"
+        "    with Pool(lambda: abs, processes=2, start='fork') as pool:\n"
+        "        yield from pool.map(range(100), tasks_ahead=4)\n"
+        "for _ in (results := run()):\n"
+        "    raise RuntimeError('a bug')\n"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert result.returncode == 1 and result.stderr.endswith("RuntimeError: a bug\n")
 
 
 def test_a_killed_process_is_told_and_nothing_hangs() -> None:
