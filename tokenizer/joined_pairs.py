@@ -44,13 +44,11 @@ class JoinedPairs:
             vocabulary: Tokens, spelt in `byte_characters`.
             alphabet: Code points below U+10000 by number, ``[n]``; that at 0 is passed over.
         """
-        spelt = [chr(code).encode() for code in alphabet.tolist()]
         units = _units(vocabulary)
         places = _places(units)
         sides = []
         for step in (-1, 1):
-            ordered = [s[::step] for s in spelt]
-            sides.append(_Side(ordered, *_read(units, places, step)))
+            sides.append(_Side(_spelt(alphabet, step), *_read(units, places, step)))
         left, right = sides
         known = (left.found != _UNKNOWN) & (right.found != _UNKNOWN)
         whole = known & (left.found > 0) & (right.found > 0) & ~left.partial & ~right.partial
@@ -69,12 +67,10 @@ class _Side:
     not hold whole, a negative number below `_UNKNOWN`.
     """
 
-    def __init__(self, spelt: list[bytes], read: _Ints, size: _Ints, partial: _Ints) -> None:
-        self._starts = [
-            np.array([_pack(s[:n]) if len(s) > n else 0 for s in spelt]) for n in (1, 2)
-        ]
-        packed = np.array([_pack(s) for s in spelt])
-        packed[0] = 0
+    def __init__(
+        self, spelt: tuple[_Ints, _Ints, _Ints], read: _Ints, size: _Ints, partial: _Ints
+    ) -> None:
+        packed, *self._starts = spelt
         order = np.argsort(packed)
         place = np.searchsorted(packed, read, sorter=order).clip(max=len(order) - 1)
         numbers = order[place]
@@ -83,7 +79,7 @@ class _Side:
         self.partial = partial.astype(bool)
         self.found = np.where(self.partial, -2 - (read << 2 | size), numbers)
         self.found[size == 0] = _UNKNOWN
-        self._count = len(spelt)
+        self._count = len(packed)
 
     def members(self, found: int) -> _Ints:
         """Numbers of the characters that this may be."""
@@ -103,8 +99,20 @@ class _Side:
         return traits
 
 
-def _pack(data: bytes) -> int:
-    return int.from_bytes(data, "big")
+def _spelt(alphabet: npt.NDArray[np.uint32], step: int) -> tuple[_Ints, _Ints, _Ints]:
+    """Characters in UTF-8 as one number each, and of those that are longer their first 1, 2 bytes.
+
+    With a step of -1 the last byte comes first.
+    """
+    codes = alphabet.astype(np.int64)
+    codes[0] = 0
+    is_two, is_three = (codes >= 0x80) & (codes < 0x800), codes >= 0x800
+    lead = np.select([is_two, is_three], [0xC0 | codes >> 6, 0xE0 | codes >> 12], codes)
+    last = np.where(is_two | is_three, 0x80 | codes & 0x3F, codes)
+    one, end = (lead, last) if step == 1 else (last, lead)
+    two = one << 8 | np.where(is_two, end, 0x80 | codes >> 6 & 0x3F)
+    packed = np.select([is_two, is_three], [two, two << 8 | end], one)
+    return packed, np.where(is_two | is_three, one, 0), np.where(is_three, two, 0)
 
 
 def _units(vocabulary: Iterable[str]) -> _Ints:
