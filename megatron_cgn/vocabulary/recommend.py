@@ -29,6 +29,9 @@ from megatron_cgn.vocabulary.cost import ModelCost
 from megatron_cgn.vocabulary.sweep import ALL, Sweep, SweepPoint, TextFigures
 from tokenizer.extension import Extension
 
+_LEAST_BETWEEN = 100
+"""Fewest tokens that a size is measured for unasked: fewer save little anywhere."""
+
 Basis = Literal["training FLOPs", "tokens"]
 """What a gain is a share of."""
 
@@ -168,7 +171,7 @@ def size_between(
 
     Returns:
         About the largest N of which enough tokens would be met often enough, rounded down; None
-        where every size has it, or no N beyond the size before.
+        where every size has it, or no N of some use beyond the size before.
     """
     is_corpus = np.array([t.origin == "corpus" for t in extension.new_tokens], dtype=bool)
     for before, point in zip(points, points[1:], strict=False):
@@ -180,7 +183,7 @@ def size_between(
         shares = np.cumsum(is_met & judged) / np.maximum(1, np.cumsum(judged))
         enough = np.flatnonzero((shares >= policy.min_share_seen) & judged)
         size = _rounded_down(int(enough[-1]) + 1) if len(enough) else 0
-        return size if size > before.num_tokens else None
+        return size if size >= _LEAST_BETWEEN and size > before.num_tokens else None
     return None
 
 

@@ -18,7 +18,8 @@ the layout of version 1; sizes are numbers of new tokens, shares are from 0 to 1
   (``tenth``, ``median``: quantiles over new ids, per million tokens of the corpus or, without it,
   of held-out text); ``gain, marginal_gain, accepted, verdict``; and ``cost``, None without a model.
 - ``cost``: the fields of ``cost.ModelCost`` and ``flops_per_byte`` (``domain, general, mix``),
-  ``corpus_flops`` (one epoch), ``planned_flops``, ``kv_cache_bytes_per_character``.
+  ``corpus_flops`` (the counted documents once), ``planned_flops``,
+  ``kv_cache_bytes_per_character``.
 - ``made``: None where nothing was; else ``num_tokens``, ``model`` (None, or the fields of
   ``hf.vocabulary.ResizeSummary``) and ``proofs``, with the fields of ``proof.Proof``.
 - ``shown_size``: the size that the lists below are of: the one that was asked for, else the

@@ -118,8 +118,11 @@ def _what_was_read(texts: Texts) -> str:
     measured = f"{len(held_out.texts):,} held-out documents"
     if held_out.sampled:
         measured += f" (a sample of {held_out.documents:,})"
+    size = f"{words.text_bytes / 1e6:,.1f} MB"
+    if texts.corpus_bytes > words.text_bytes:
+        size += f" (a sample of {texts.corpus_bytes / 1e6:,.1f} MB: --max-corpus-mb)"
     return (
-        f"corpus: {words.documents:,} documents, {words.text_bytes / 1e6:,.1f} MB, "
+        f"corpus: {words.documents:,} documents, {size}, "
         f"{len(words):,} distinct words; measured on {measured}"
     )
 

@@ -310,14 +310,15 @@ def test_terms_that_are_tokens_already(
     tmp_path: Path, call: Call, tiny: Path, corpus: Path
 ) -> None:
     terms = tmp_path / "terms.txt"
-    terms.write_text("a\n安全壳\n")
+    terms.write_text("a\n安全壳\nzqxj\n")
     output = tmp_path / "out"
     call(
         "--model", tiny, "--corpus", corpus, "--report-only", "--terms", terms,
         "--output", output, *QUICK,
     )  # fmt: skip
     said = json.loads((output / "report.json").read_text())["terms"]
-    assert {term["text"]: term["way"] for term in said} == {"a": "existing", "安全壳": "merges"}
+    ways = {"a": "existing", "安全壳": "added_token", "zqxj": "merges"}
+    assert {term["text"]: term["way"] for term in said} == ways
 
 
 def test_fewer_tokens_than_the_terms_need(

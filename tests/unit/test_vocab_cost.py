@@ -266,29 +266,24 @@ def test_uses_are_scaled_to_the_domain_text_that_is_planned() -> None:
 
 
 def test_a_size_between_two_has_what_the_larger_one_lacks() -> None:
-    # A term, 29 tokens that are met, one that is not, 8 that are, and none from there on.
-    uses = (100.0,) * 30 + (0.0,) + (100.0,) * 8 + (0.0,) * 20
-    term_first = extension_of(*["term", *["corpus"] * 58])
-    points = [
-        point(0, 400, None),
-        point(5, 350, None, uses=uses[:5]),
-        point(59, 300, None, uses=uses),
-    ]
+    # A term, 299 tokens that are met, 10 that are not, 80 that are, and none from there on.
+    uses = (100.0,) * 300 + (0.0,) * 10 + (100.0,) * 80 + (0.0,) * 200
+    extension = extension_of("term", *(["corpus"] * 589))
+    points = [point(n, 400 - n // 5, None, uses=uses[:n] or None) for n in (0, 50, 450, 590)]
 
     def between(points: list[SweepPoint], **policy: int) -> int | None:
-        return size_between(
-            points, extension=term_first, corpus_bytes=1000, policy=Policy(**policy)
-        )
+        return size_between(points, extension=extension, corpus_bytes=1000, policy=Policy(**policy))
 
-    # The term is not judged: of 39 tokens, 37 of 38 are met; of 40, 37 of 39, 94.9 %.
-    assert between(points) == 39
+    # The term is not judged: 379 of 398 are 95.2 %, 379 of 399 are not enough. 399 is rounded.
+    assert between([points[0], points[1], points[3]]) == 390
+    assert between([points[0], points[3]]) == 390
+    assert between(points) == 390
     assert between(points[:2]) is None  # every size has it
-    assert between([points[0], point(45, 310, None, uses=uses[:45]), points[2]]) == 39
-    assert between(points, min_uses=101) is None
-    many = extension_of(*["corpus"] * 1500)
-    wide = point(1500, 300, None, uses=(100.0,) * 1239 + (0.0,) * 261)
-    found = size_between([points[0], wide], extension=many, corpus_bytes=1, policy=Policy())
-    assert found == 1300  # 1239 / 0.95 = 1304.2
+    assert between([points[0], points[2]], min_uses=101) is None
+    few = [points[0], point(590, 300, None, uses=(100.0,) * 90 + (0.0,) * 500)]
+    assert between(few) is None  # 94 tokens are not worth a look
+    beyond = [points[0], point(395, 310, None, uses=uses[:300] + (100.0,) * 95), points[3]]
+    assert between(beyond) is None  # 390 are fewer than 395, which are learnt
 
 
 def test_training_on_the_corpus_once_is_training_on_what_was_not_counted_too() -> None:
