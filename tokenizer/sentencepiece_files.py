@@ -25,6 +25,7 @@ from tokenizer.sentencepiece_model import (
     placeholders,
 )
 from tokenizer.sentencepiece_unigram import unigram_scores
+from tokenizer.sentencepiece_words import is_number
 from tokenizer.wrapper import Tokenizer
 
 MODEL_FILE = "tokenizer.model"
@@ -70,7 +71,7 @@ class SentencePieceFiles:
         if self.model is not None and self.model.splits_digits:
             return True
         pieces = vocabulary_of(self.definition).keys() - reserved_tokens(self.definition)
-        return not any(len(p) > 1 and any(map(str.isnumeric, p)) for p in pieces)
+        return not any(len(p) > 1 and any(map(is_number, p)) for p in pieces)
 
     def opened(self, extension: Extension) -> Tokenizer:
         """Open the extended tokenizer, as it will be opened where it is written."""

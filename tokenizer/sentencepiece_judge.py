@@ -2,7 +2,7 @@
 
 from tokenizer.filters import MIXED, NUMBER, PARTIAL, SPACE, Judge, Rules
 from tokenizer.sentencepiece_model import SPACE as SPACE_MARK
-from tokenizer.sentencepiece_words import Cutter
+from tokenizer.sentencepiece_words import Cutter, is_number
 
 RESERVED = "is a part of a special token"
 
@@ -47,7 +47,7 @@ class PieceJudge:
             return SPACE
         if not self._cutter.is_word(text):
             return MIXED
-        if self._digits and len(text) > 1 and any(map(str.isnumeric, text)):
+        if self._digits and len(text) > 1 and any(map(is_number, text)):
             return NUMBER
         if text in self._parts:
             return RESERVED

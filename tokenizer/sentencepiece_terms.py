@@ -14,7 +14,7 @@ from megatron_cgn.errors import DataError
 from tokenizer.extension import Term
 from tokenizer.merge_loop import estimate_documents
 from tokenizer.sentencepiece_model import SPACE
-from tokenizer.sentencepiece_words import PieceSplitter
+from tokenizer.sentencepiece_words import PieceSplitter, is_number
 from tokenizer.term_merges import TermMerges
 from tokenizer.terms import TermFinder, fault_of, list_faults
 from tokenizer.words import Words
@@ -132,17 +132,21 @@ def plan_merges(
 def _plan_one(plan: TermMerges, pieces: Sequence[int]) -> bool:
     """Join pieces, those without digits first: pieces that are numbers would change all numbers."""
     word = plan.apply(pieces)
-    plain = [not any(c.isnumeric() for c in plan.spellings[s].decode()) for s in word]
+    plain = [not any(map(is_number, plan.spellings[symbol].decode())) for symbol in word]
     if all(plain) or not any(plain):
         return plan.add([word]) is not None
     start = plain.index(True)
     end = next((i for i in range(start, len(word)) if not plain[i]), len(word))
-    joined = plan.add([word[start:end]])
-    for other in word[end:]:
-        joined = plan.add([[*joined, other]]) if joined else None
-    for other in reversed(word[:start]):
-        joined = plan.add([[other, *joined]]) if joined else None
-    return joined is not None and len(plan.apply(pieces)) == 1
+    if plan.add([word[start:end]]) is None:
+        return False
+    # Outwards from what is no number. A merge is made everywhere, so the rest is looked at anew.
+    while len(word := plan.apply(pieces)) > 1:
+        texts = (plan.spellings[symbol].decode() for symbol in word)
+        place = next(i for i, text in enumerate(texts) if not all(map(is_number, text)))
+        place -= place == len(word) - 1
+        if plan.add([word[place : place + 2]]) is None:
+            return False
+    return True
 
 
 def usage_of_terms(forms: Sequence[Form], words: Words) -> dict[str, tuple[int, int]]:

@@ -32,6 +32,11 @@ def character_class(character: str) -> str:
     return {"M": "mark", "N": "number"}.get(kind, "other")
 
 
+def is_number(character: str) -> bool:
+    """Whether it is a digit or the like. Ideographs such as 一 and 万, parts of words, are none."""
+    return character_class(character) == "number"
+
+
 class Cutter:
     """Cuts normalised text between classes that no piece has side by side."""
 

@@ -7,6 +7,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as formats
 
 from megatron_cgn.errors import DataError
+from tokenizer.filters import Rules
+from tokenizer.sentencepiece_judge import PieceJudge
 from tokenizer.sentencepiece_model import (
     Piece,
     PieceModel,
@@ -14,6 +16,9 @@ from tokenizer.sentencepiece_model import (
     descending_scores,
     placeholders,
 )
+from tokenizer.sentencepiece_terms import _plan_one
+from tokenizer.sentencepiece_words import Cutter
+from tokenizer.term_merges import TermMerges
 
 TEXT = ["the pump feeds the loop", "the valve of the pump is open", "a loop, a pump, a valve"] * 20
 
@@ -102,3 +107,19 @@ def test_other_files_are_refused(damaged: bytes, tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.model: cannot be read"):
         PieceModel.read(tmp_path / "tokenizer.model")
+
+
+def test_ideographs_of_numbers_are_no_digits() -> None:
+    cutter = Cutter(["ab", "核心"])
+    judge = PieceJudge(Rules(), cutter=cutter, reserved=set(), digits=True)
+    assert judge("一回路".encode()) is None  # 一 has a numeric value
+    assert judge(b"12") is not None
+
+
+def test_what_is_no_number_is_joined_first_where_it_comes_twice() -> None:
+    spellings = [letter.encode() for letter in "1AB2"]
+    pieces = [0, 1, 2, 3, 1, 2]  # 1AB2AB
+    plan = TermMerges(spellings)
+    assert _plan_one(plan, pieces)
+    assert len(plan.apply(pieces)) == 1
+    assert not any(text.isdigit() for text in plan.spellings[4:])
