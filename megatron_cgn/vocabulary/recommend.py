@@ -347,5 +347,5 @@ def _is_met(point: SweepPoint, corpus_bytes: int | None, policy: Policy) -> npt.
 
 def _rounded_down(size: int) -> int:
     """To two digits, which is as exact as the figures are."""
-    unit = 10 ** max(0, len(str(size)) - 2)
+    unit = int(10 ** max(0, len(str(size)) - 2))
     return size // unit * unit
