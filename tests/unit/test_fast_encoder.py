@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from megatron_cgn.data import encode, preprocess
 from megatron_cgn.data.index_writer import ALL_SUFFIXES
 from tests.unit.data_samples import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
-from tokenizer import fast
+from tokenizer import fast, fast_definition
 from tokenizer.fast import FastEncoder, FastIds, NotEqual
 from tokenizer.hard_texts import hard_texts
 from tokenizer.wrapper import Tokenizer
@@ -230,7 +230,9 @@ def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path) -> None:
 def test_a_difference_is_found_before_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that the package ignores and nothing refuses: the hard texts must show it."""
     directory = trained(tmp_path / "t", pattern=LLAMA3, nfc=False, ignore_merges=True)
-    monkeypatch.setattr(fast, "_check_splitting", lambda component, within_sequence: None)
+    monkeypatch.setattr(
+        fast_definition, "_check_splitting", lambda component, within_sequence: None
+    )
     edit, _ = REFUSED["digits"]
     with pytest.raises(NotEqual, match="it gives other ids for"):
         FastEncoder(change(directory, tmp_path / "changed", edit))
