@@ -160,8 +160,9 @@ def _check_index(prefix: str, tokenizer_fingerprint: str | None) -> IndexInfo:
             f"{prefix}: made with another tokenizer: {sidecar.tokenizer_name!r} "
             f"({sidecar.vocab_size:,} ids, fingerprint {sidecar.tokenizer_fingerprint}), but the "
             f"model's has fingerprint {tokenizer_fingerprint}. Index the documents again with "
-            "tools/preprocess_data.py --tokenizer and the model's own directory; after an extension "
-            "of the vocabulary, `tools/preprocess_data.py retokenize` does it from the index alone."
+            "tools/preprocess_data.py --tokenizer and the model's own directory; after an "
+            "extension of the vocabulary, `tools/preprocess_data.py retokenize` does it from the "
+            "index alone."
         )
     return IndexInfo(prefix=prefix, sidecar=sidecar, lengths=lengths)
 

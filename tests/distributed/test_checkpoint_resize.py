@@ -28,9 +28,10 @@ LAYOUTS: dict[str, Layout] = {
     "pp2": layout(2, pp=2),
     "pp2-interleaved": layout(2, pp=2, vp=2),
     "tp2": layout(2, tp=2),
+    "tp2-pp2": layout(4, tp=2, pp=2),
 }
 PAIRS = [
-    ("tp2", "bf16", "llama", ("one", "pp2")),
+    ("tp2-pp2", "bf16", "llama", ("one", "pp2")),
     ("one", "fp32", "llama", ("tp2",)),
     ("pp2-interleaved", "fp32", "tied", ("one", "tp2")),
 ]
@@ -85,7 +86,7 @@ class Runs:
             )
         )
         self.losses: list[dict[str, list[float]]] = run_distributed(
-            run_jobs, 2, root, models, jobs, timeout_s=1200
+            run_jobs, 4, root, models, jobs, timeout_s=1200
         )
 
     def tensors(self, name: str, rows: int = ALL_ROWS) -> dict[str, Tensor]:
