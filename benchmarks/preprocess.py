@@ -27,6 +27,7 @@ from process_tree import Usage, run_measured
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / ".cache/smollm2-135m-instruct"
 OURS, THEIRS, FAST, DATATROVE = "ours", "Megatron-LM", "Megatron-LM fast", "datatrove"
+_WARM_UP_MEGABYTES = 2
 _DATATROVE = """
 import sys
 from datatrove.executor import LocalPipelineExecutor
@@ -80,22 +81,32 @@ def compare(args: argparse.Namespace) -> list[str]:
         corpus, megabytes=args.megabytes, chinese_share=args.chinese, samples=args.samples
     )
     tokenizer = copy_tokenizer(args.tokenizer, args.directory / "tokenizer")
+    # The first round, on little, brings programs and libraries into the page cache.
+    little = args.directory / "little" / "corpus.jsonl"
+    write_corpus(little, megabytes=_WARM_UP_MEGABYTES, chinese_share=args.chinese)
+    run_round(contenders(args, little, tokenizer), args.directory, number=0)
     commands = contenders(args, corpus, tokenizer)
-    results: dict[str, list[Usage]] = {name: [] for name in commands}
-    tokens = 0
-    # The first round is the warm-up: programs and libraries come into the page cache.
-    for number in range(args.repeats + 1):
-        for name, (command, settings) in commands.items():
-            output = args.directory / name.replace(" ", "-")
-            shutil.rmtree(output, ignore_errors=True)
-            output.mkdir()
-            used = run_measured(command, environment={**os.environ, **settings}, cwd=output)
-            print(number, name, used, file=sys.stderr, flush=True)
-            if number:
-                results[name].append(used)
-        if number == 0:
-            tokens = check_same(args.directory, commands)
+    rounds = [
+        run_round(commands, args.directory, number=number) for number in range(1, args.repeats + 1)
+    ]
+    tokens = check_same(args.directory, commands)
+    results = {name: [used[name] for used in rounds] for name in commands}
     return report(args, results, num_bytes, tokens)
+
+
+def run_round(
+    commands: dict[str, tuple[list[str], dict[str, str]]], directory: Path, *, number: int
+) -> dict[str, Usage]:
+    """Run every contender once; what each used."""
+    results = {}
+    for name, (command, settings) in commands.items():
+        output = directory / name.replace(" ", "-")
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        used = run_measured(command, environment={**os.environ, **settings}, cwd=output)
+        print(number, name, used, file=sys.stderr, flush=True)
+        results[name] = used
+    return results
 
 
 def contenders(
@@ -119,7 +130,7 @@ def contenders(
         threads = {**settings, "RAYON_NUM_THREADS": workers}
         found[FAST] = ([sys.executable, script, *common, "--use-gigatoken"], threads)
     if args.datatrove_python is not None:
-        parts = split_lines(corpus, args.directory / "parts", args.workers)
+        parts = split_lines(corpus, corpus.parent / "parts", args.workers)
         command = [str(args.datatrove_python.absolute()), "-c", _DATATROVE, str(parts)]
         command += [str(tokenizer / "tokenizer.json"), "output", end_of(tokenizer), workers]
         script = args.directory / "run_datatrove.py"
@@ -230,7 +241,8 @@ def report(
         f"{args.chinese:.0%} of the documents Chinese, the others English"
         f"{', and samples' if args.samples else ''}; {tokens:,} tokens",
         f"- Tokenizer: {args.tokenizer.name}; {args.workers} cores for each",
-        f"- Runs: one of warm-up, then {args.repeats}, taking turns; median (lowest–highest)",
+        f"- Runs: one of warm-up on {_WARM_UP_MEGABYTES} MB, then {args.repeats}, taking turns; "
+        "median (lowest–highest)",
         f"- Load average meanwhile: {min(loads):.1f} to {max(loads):.1f}",
         "- `.bin` and `.idx` equal Megatron-LM's byte for byte where it took part",
         *([f"- {args.note}"] if args.note else []),
