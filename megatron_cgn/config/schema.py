@@ -111,6 +111,73 @@ class DataConfig:
     """Where shuffled indices are cached. None: ``output_dir/cache``."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
+    packing: bool = True
+    """Whether conversations share training sequences, each attending to itself alone. False: one
+    conversation a sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig:
+    """How conversations become tokens, and which of these count."""
+
+    template: str | None = None
+    """Chat template: the name of a bundled one, or a Jinja file. None: the tokenizer's own."""
+    train_on_prompt: bool = False
+    """Whether every token counts, not only those of the assistant's turns."""
+    last_turn_only: bool = False
+    """Whether only the last of the assistant's turns counts."""
+    truncation: Literal["error", "drop", "keep_start", "keep_end"] = "drop"
+    """What becomes of a conversation longer than ``data.seq_length``: the run is refused, the
+    conversation is left out, or its first or last tokens are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesConfig:
+    """Answers generated at every validation, for people to read."""
+
+    prompts: tuple[str, ...] = ()
+    """What the user says. None given: the first ``count`` held-out conversations' beginnings."""
+    count: int = 3
+    """How many held-out conversations are answered where ``prompts`` gives none; 0 for none."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the model's weights, which stay as they are.
+
+    Hu et al. 2021, https://arxiv.org/abs/2106.09685. Names are those of `peft`.
+    """
+
+    rank: int | None = None
+    """Rank of the adapters. None: no adapters, all weights are trained."""
+    alpha: float | None = None
+    """Adapters are scaled by ``alpha / rank``. None: twice the rank."""
+    dropout: float = 0.0
+    """Probability of dropping an adapter's input."""
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Matrices with an adapter, by their names in a Hugging Face model."""
+    use_rslora: bool = False
+    """Scale by ``alpha / sqrt(rank)`` instead (https://arxiv.org/abs/2312.03732)."""
+    use_dora: bool = False
+    """Train the length of every matrix's rows too (DoRA, https://arxiv.org/abs/2402.09353)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Matrices trained whole beside the adapters: ``embed_tokens``, ``lm_head``. Together with
+    ``optim.param_groups`` only some of their rows, e.g. those of new tokens."""
+    adapter_path: str | None = None
+    """Adapter directory of `peft` or of ours to start from. None: adapters that change nothing."""
+    export: Literal["merged", "adapter", "both"] = "both"
+    """What is written after training: ``output_dir/export`` with the adapters added to the
+    weights, ``output_dir/adapter`` in the format of `peft`, or both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,3 +309,6 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
