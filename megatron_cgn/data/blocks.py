@@ -8,16 +8,13 @@ A folder appears only when it is complete, and is keyed by the content of the in
 index is never read through an old order, and a longer run only adds blocks.
 """
 
-import os
-import shutil
-import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cgn.data.folders import new_folder, wait_for_folder
 from megatron_cgn.data.indexed import HEADER, IndexInfo, map_tokens
 from megatron_cgn.data.order import Block, ReadingOrder
 from megatron_cgn.data.sources import Documents
@@ -26,7 +23,6 @@ from megatron_cgn.errors import DataError
 HANDLES_PER_INDEX = 7
 """Open files of an index that is read, since a mapped file stays open: its tokens, lengths and
 places, and two arrays of each of two blocks."""
-_VISIBLE_WITHIN_S = 60.0  # a network file system may show another node's new files late
 
 
 def reading_order(documents: Documents, *, seq_length: int, seed: int) -> ReadingOrder:
@@ -150,34 +146,16 @@ def _folder(cache: Path, order: ReadingOrder, block: int) -> Path:
 
 
 def _write(block: Block, folder: Path) -> None:
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
     arrays: Mapping[str, object] = {"documents": block.documents, "starts": block.starts}
-    try:
+    with new_folder(folder) as temporary:
         for name, array in arrays.items():
             with (temporary / f"{name}.npy").open("wb") as stream:
                 np.save(stream, np.asarray(array))
-                stream.flush()
-                os.fsync(stream.fileno())
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another run was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _open(order: ReadingOrder, number: int, folder: Path) -> Block:
     """Map a block, waiting for a slow network file system."""
-    deadline = time.monotonic() + _VISIBLE_WITHIN_S
-    while not folder.is_dir():
-        if time.monotonic() > deadline:
-            raise DataError(
-                f"{folder}: not visible on this node. Set data.cache_dir to a directory that all "
-                "nodes share."
-            )
-        time.sleep(0.2)
+    wait_for_folder(folder)
     try:
         block = Block(
             documents=np.load(folder / "documents.npy", mmap_mode="r").view(np.ndarray),

@@ -1,7 +1,6 @@
 """Pre-training data: a blend of sources to train on, and each source's held-out documents."""
 
 import resource
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from megatron_cgn.config.schema import DataConfig, RunConfig
 from megatron_cgn.data.blend import Blend, Place
 from megatron_cgn.data.blocks import HANDLES_PER_INDEX, SampleReader, fill_cache, reading_order
 from megatron_cgn.data.boundaries import check_boundaries
+from megatron_cgn.data.collective import on_first_rank, together
 from megatron_cgn.data.plan import plan_run
 from megatron_cgn.data.sources import Source, check_sources
 from megatron_cgn.data.windows import Sample, WindowDataset
-from megatron_cgn.errors import DataError, UserError
+from megatron_cgn.errors import DataError
 from tokenizer.wrapper import Tokenizer
 
 _HANDLES_AT_LEAST = 128
@@ -91,7 +91,7 @@ class TrainingSequences(Dataset[Sample]):
 
 
 def plan_pretraining(run: RunConfig, *, tokenizer: Tokenizer) -> PretrainingPlan:
-    """Check the sources and plan what the run reads of them. See `together`.
+    """Check the sources and plan what the run reads of them. See `collective.together`.
 
     Args:
         run: The validated configuration.
@@ -162,7 +162,7 @@ def build_pretraining_data(
         DataError: If the cache cannot be written or read, or a source has gone.
     """
     cache = Path(cache_dir)
-    _on_first_rank(lambda: _fill(plan, cache), group)
+    on_first_rank(lambda: _fill(plan, cache), group)
     return PretrainingData(
         train=together(lambda: _open(plan, cache), group),
         validation=together(lambda: _windows(plan, eod_id=eod_id), group),
@@ -199,44 +199,3 @@ def _windows(plan: PretrainingPlan, *, eod_id: int) -> dict[str, WindowDataset]:
         for source in plan.sources
         if source.validation
     }
-
-
-def together[T](step: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Run a step on every rank of ``group``; if it fails on one, fail on all. Collective."""
-    if not dist.is_initialized():
-        return step()
-    result: T | None = None
-    fault: UserError | None = None
-    try:
-        result = step()
-    except UserError as error:
-        fault = error
-    except OSError as error:  # from a place that did not expect one: the others must not wait
-        fault = DataError(f"cannot read or write the data: {error}")
-    faults: list[UserError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(faults, fault, group=group)
-    for found in faults:
-        if found is not None:
-            raise found
-    assert result is not None, "a step returns something"
-    return result
-
-
-def _on_first_rank[T](step: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Run a step on global rank 0 alone and share its result or its fault. Collective."""
-    if not dist.is_initialized():
-        return step()
-    outcome: list[tuple[T | None, UserError | None]] = [(None, None)]
-    if dist.get_rank() == 0:
-        try:
-            outcome = [(step(), None)]
-        except UserError as error:
-            outcome = [(None, error)]
-        except OSError as error:
-            outcome = [(None, DataError(f"cannot read or write the data: {error}"))]
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    result, fault = outcome[0]
-    if fault is not None:
-        raise fault
-    assert result is not None, "a step returns something"
-    return result

@@ -20,13 +20,13 @@ from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.config.validate import validate_steps
 from megatron_cgn.data.account import ACCOUNT_FILE, account_of, describe, write_account
 from megatron_cgn.data.blend import Blend
+from megatron_cgn.data.collective import together
 from megatron_cgn.data.history import BlendHistory
 from megatron_cgn.data.loader import SequentialLoader, ValidationLoader
 from megatron_cgn.data.pretrain import (
     PretrainingData,
     build_pretraining_data,
     plan_pretraining,
-    together,
 )
 from megatron_cgn.engine.checkpoint import read_info
 from megatron_cgn.engine.engine import Engine

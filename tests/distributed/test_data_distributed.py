@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from megatron_cgn.config.schema import DataConfig, RunConfig, SourceConfig, TrainConfig
 from megatron_cgn.data import pretrain, windows
-from megatron_cgn.data.pretrain import build_pretraining_data, plan_pretraining, together
+from megatron_cgn.data.collective import together
+from megatron_cgn.data.pretrain import build_pretraining_data, plan_pretraining
 from megatron_cgn.errors import DataError
 from megatron_cgn.testing import run_distributed
 from tests.unit.data_samples import byte_level_tokenizer, numbered_documents, write_index
