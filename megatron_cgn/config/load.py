@@ -23,7 +23,7 @@ from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.errors import ConfigError
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "hydra_conf"
-_GROUPS = ("stage", "model", "data", "parallel", "optim", "experiment")
+_GROUPS = ("stage", "model", "data", "parallel", "optim", "lora", "experiment")
 
 
 def compose_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_cgn.config.data_rules import data_faults, epoch_faults
 from megatron_cgn.config.optim_rules import param_group_faults, param_group_step_faults
 from megatron_cgn.config.schema import ExportConfig, OptimConfig, RunConfig
+from megatron_cgn.config.sft_rules import conversation_faults, conversation_model_faults
 from megatron_cgn.errors import ConfigError
 
 
@@ -48,6 +49,7 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *_batch(run, world_size),
         *data_faults(run.data),
         *epoch_faults(run.data, run.train),
+        *conversation_faults(run),
         *_optim(run),
         *param_group_faults(run.optim),
         *_checkpoint(run),
@@ -79,7 +81,8 @@ def validate_architecture(run: RunConfig, architecture: ArchitectureLike) -> Non
     Raises:
         ConfigError: Naming all faults.
     """
-    _raise(list(_cuts(run, architecture)))
+    longest = architecture.max_position_embeddings
+    _raise([*_cuts(run, architecture), *conversation_model_faults(run, max_positions=longest)])
 
 
 def _raise(faults: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cgn.config import data_rules, optim_rules
+from megatron_cgn.config import data_rules, optim_rules, sft_rules
 from megatron_cgn.config import validate as validate_module
 from megatron_cgn.config.schema import (
     DataConfig,
@@ -82,6 +82,7 @@ EPOCHS = {"train.train_iters": None, "train.epochs": 2.0}
 TP, PP, CP = (f"parallel.{n}_parallel_size" for n in ("tensor_model", "pipeline_model", "context"))
 VP = "parallel.virtual_pipeline_model_parallel_size"
 PP2 = {PP: 2, VP: 2}
+SFT: dict[str, Any] = {"stage": "sft", "data.sources": (_source(path="a.jsonl"),)}
 # Settings that differ from VALID, the number of processes, and what the one message says.
 RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "no-model": ({"model.hf_path": None}, 1, ["model.hf_path", "not set"]),
@@ -463,6 +464,78 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["checkpoint.interval_steps: 0", "at least 1"],
     ),
     "keep-none": ({"checkpoint.keep_last": 0}, 1, ["checkpoint.keep_last: 0", "at least 1"]),
+    "chat-without-conversations": (
+        {"chat.train_on_prompt": True},
+        1,
+        ["chat.train_on_prompt", "no effect with stage=cpt", "+stage=sft"],
+    ),
+    "samples-without-conversations": (
+        {"samples.prompts": ("q",)},
+        1,
+        ["samples.prompts", "no effect with stage=cpt"],
+    ),
+    "packing-without-conversations": (
+        {"data.packing": False},
+        1,
+        ["data.packing", "no effect with stage=cpt"],
+    ),
+    "conversations-apart-anyway": (
+        {**SFT, "data.reset_attention_mask": True},
+        1,
+        ["data.reset_attention_mask: true", "no effect on conversations"],
+    ),
+    "conversations-in-phases": (
+        {**SFT, "data.phases": _phases((None, {"domain": 1.0}))},
+        1,
+        ["data.phases", "one mix"],
+    ),
+    "conversations-from-an-index": (
+        {"stage": "sft"},
+        1,
+        ["data.sources[domain].path: 'data/domain'", ".parquet", "no turns"],
+    ),
+    "held-out-conversations-from-an-index": (
+        {"stage": "sft", "data.sources": (_source(path="a.jsonl", validation_path="b.txt"),)},
+        1,
+        ["data.sources[domain].validation_path: 'b.txt'", ".jsonl.gz"],
+    ),
+    "conversations-from-several-indices": (
+        {"stage": "sft", "data.sources": (_files("b", "x.JSON", "y.bin"),)},
+        1,
+        ["data.sources[b].files.1.path: 'y.bin'"],
+    ),
+    "all-and-one-turn-count": (
+        {**SFT, "chat.train_on_prompt": True, "chat.last_turn_only": True},
+        1,
+        ["chat.train_on_prompt, chat.last_turn_only: both true"],
+    ),
+    "empty-template": ({**SFT, "chat.template": " "}, 1, ["chat.template: is empty"]),
+    "conversations-under-te-and-cp": (
+        {**SFT, "model.backend": "te", CP: 2},
+        2,
+        ["model.backend: te", "keep conversations apart", f"{CP}=2", "native"],
+    ),
+    "samples-negative": ({**SFT, "samples.count": -1}, 1, ["samples.count: -1", "at least 0"]),
+    "samples-counted-beside-prompts": (
+        {**SFT, "samples.count": 2, "samples.prompts": ("q",)},
+        1,
+        ["samples.count: 2", "no effect beside samples.prompts"],
+    ),
+    "sample-prompt-empty": (
+        {**SFT, "samples.prompts": ("q", "\n")},
+        1,
+        ["samples.prompts.1: is empty"],
+    ),
+    "samples-of-no-token": (
+        {**SFT, "samples.max_new_tokens": 0},
+        1,
+        ["samples.max_new_tokens: 0", "at least 1"],
+    ),
+    "length-of-no-samples": (
+        {**SFT, "samples.count": 0, "samples.max_new_tokens": 9},
+        1,
+        ["samples.max_new_tokens: 9", "no effect", "samples.count"],
+    ),
 }
 CUTS: dict[str, tuple[dict[str, Any], _Model, list[str]]] = {
     "heads": ({TP: 3}, _Model(num_key_value_heads=3), [f"{TP}: 3", "8 attention heads", "1, 2, 4"]),
@@ -474,6 +547,11 @@ CUTS: dict[str, tuple[dict[str, Any], _Model, list[str]]] = {
         {"data.seq_length": 65},
         _Model(),
         ["data.seq_length: 65", "max_position_embeddings=64"],
+    ),
+    "samples": (
+        {**SFT, "samples.max_new_tokens": 128},
+        _Model(max_position_embeddings=128),
+        ["samples.max_new_tokens: 128", "no room", "max_position_embeddings=128"],
     ),
 }
 
@@ -499,6 +577,9 @@ def _message(call: Callable[[], None]) -> str:
             1,
         ),
         ({"optim.min_lr": 1e-5, "optim.schedule": "constant"}, 1),
+        ({**SFT, "data.packing": False, "chat.last_turn_only": True, CP: 2}, 2),
+        ({**SFT, "samples.prompts": ("q", "r", "s", "t"), "samples.max_new_tokens": 9}, 1),
+        ({**SFT, "samples.count": 0, "data.mix": {"domain": 1.0}}, 1),
         (
             _groups(
                 {"rows": "new", "lr_mult": None},
@@ -591,7 +672,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_every_rule_has_a_case() -> None:
     """Each `yield` of a message runs in some case above; a new rule without one fails here."""
-    modules = (validate_module, data_rules, optim_rules)
+    modules = (validate_module, data_rules, optim_rules, sft_rules)
     files = {module.__file__ for module in modules}
     reached: set[tuple[str, int]] = set()
 
