@@ -5,6 +5,7 @@ What is done with them is `engine.py`'s.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from megatron_cgn.engine.param_groups import Grouping, uncorrected_moments, with
 from megatron_cgn.engine.slots import Slot, slots_of
 from megatron_cgn.errors import CheckpointError
 from megatron_cgn.model.architecture import Architecture
-from megatron_cgn.model.build import build_model, resolve_backend, transformer_config
+from megatron_cgn.model.build import Backend, build_model, resolve_backend, transformer_config
 from megatron_cgn.model.heads import padded_vocab_size
+from megatron_cgn.model.lora import ADAPTERS, add_adapters, trained_whole
 from megatron_cgn.model.packing import check_packing
 from megatron_cgn.parallel.seed import rng_state, seed_everything, set_rng_state
 from megatron_cgn.parallel.state import ParallelState
@@ -61,7 +63,9 @@ class TrainingState:
         self.run = run
         self.architecture = architecture
         self.state = state
-        self.backend = resolve_backend(run.model.backend)
+        self.backend: Backend = (
+            "native" if self.has_adapters else resolve_backend(run.model.backend)
+        )
         if run.data.reset_attention_mask:
             check_packing(self.backend, cp_size=state.cp_size)
         self.total_steps = total_steps
@@ -72,7 +76,7 @@ class TrainingState:
         self.model_config = transformer_config(
             architecture,
             parallel=run.parallel,
-            model=run.model,
+            model=replace(run.model, backend=self.backend),
             precision=run.precision,
             recompute=run.train.recompute,
         )
@@ -85,12 +89,25 @@ class TrainingState:
             backend=self.backend,
             seed=run.seed if run.model.init == "random" else None,
         )
+        if self.has_adapters:
+            add_adapters(
+                self._chunks,
+                architecture=architecture,
+                lora=run.lora,
+                groups=state.groups,
+                seed=run.seed,
+            )
         self._wrapped: list[DistributedDataParallel] = []
         self._optimizer: Any = None
         self._slots: list[Slot] = []
         self._grouped: GroupedOptimizer | None = None
         self._gather_pending = False
         self._optimizer_steps = 0
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained beside weights that stay as they are."""
+        return self.run.lora.rank is not None
 
     @property
     def chunks(self) -> list[GPTModel]:
@@ -156,10 +173,27 @@ class TrainingState:
             self.model_config.param_sync_func = gathers
 
     def model_state(self) -> ShardedStateDict:
-        """The weights as sharded tensors that share memory with the model; see `chunks`."""
-        if len(self.chunks) == 1:
-            return {"model": self.chunks[0].sharded_state_dict()}
-        return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+        """The trained weights as sharded tensors that share memory with the model; see `chunks`.
+
+        All of them, or with adapters these and what ``lora.modules_to_save`` names.
+        """
+        if not self.has_adapters:
+            return self._state(lambda name: True)
+        whole = {name for name, _ in trained_whole(self._chunks)}
+        return self._state(lambda name: name in whole or name.startswith(f"{ADAPTERS}."))
+
+    def _base_state(self) -> ShardedStateDict:
+        """The weights without adapters."""
+        return self._state(lambda name: not name.startswith(f"{ADAPTERS}."))
+
+    def _state(self, wanted: Callable[[str], bool]) -> ShardedStateDict:
+        states = [
+            {n: entry for n, entry in chunk.sharded_state_dict().items() if wanted(n)}
+            for chunk in self.chunks
+        ]
+        if len(states) == 1:
+            return {"model": states[0]}
+        return {f"model{i}": state for i, state in enumerate(states)}
 
     def save(
         self,
@@ -227,7 +261,7 @@ class TrainingState:
             CheckpointError: If it is damaged or does not hold this model.
         """
         ckpt.check_tensors(directory, ckpt.read_info(directory))
-        self._put_weights(ckpt.load_checkpoint(directory, self.model_state()))
+        self._put_weights(ckpt.load_checkpoint(directory, self._base_state()))
 
     def resume(self, directory: Path, *, fit: dict[str, Any]) -> None:
         """Go on exactly where a checkpoint stopped; call it after `prepare_training`.
@@ -329,6 +363,8 @@ class TrainingState:
             weights = loaded["model" if len(self.chunks) == 1 else f"model{index}"]
             # Not strict: backends differ in non-tensor "extra state" that holds nothing here.
             missing, unexpected = chunk.load_state_dict(weights, strict=False)
+            # A run with adapters reads either these or the weights that they adapt.
+            missing = [] if self.has_adapters else missing
             wrong = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
             assert not wrong, f"weights and model disagree: {wrong}"
 

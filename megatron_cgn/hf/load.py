@@ -17,6 +17,7 @@ from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, module_spelling, p
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
 from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.lora import ADAPTERS
 from megatron_cgn.parallel.reduce import first_problem
 
 _BLOCK_BYTES = 64 * 2**20
@@ -63,6 +64,8 @@ def model_parameters(
 ) -> Iterator[tuple[Parameter, Tensor]]:
     """Pair the parameters of this rank's model chunks with their entries in the table.
 
+    Adapters are none of the model's parameters, and left out.
+
     Args:
         model_chunks: ``GPTModel`` chunks, possibly wrapped.
         architecture: The whole model.
@@ -82,6 +85,8 @@ def model_parameters(
             assert isinstance(chunk.module, nn.Module), f"{type(chunk).__name__} is no GPTModel"
             chunk = chunk.module
         for name, weight in chunk.named_parameters():
+            if name.startswith(f"{ADAPTERS}."):
+                continue
             key = _global_key(chunk, name)
             assert key in table, f"{name} is not a parameter of {architecture}"
             yield table[key], weight
