@@ -100,37 +100,19 @@ class MappedFile:
                 os.posix_fadvise(descriptor, first, stop - first, os.POSIX_FADV_DONTNEED)
 
 
-class SafetensorsDirectory:
-    """The weights of a Hugging Face directory: one file, or several with an index.
+class MappedTensors:
+    """Tensors in safetensors files, by name. Nothing is mapped before a tensor is read."""
 
-    Opening it reads and checks every header, so that a missing or truncated file is found
-    before anything is loaded. Nothing is mapped before a tensor is read.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Read and check the headers.
-
-        Args:
-            path: Hugging Face directory.
-
-        Raises:
-            ModelError: If a file is missing, truncated or damaged, naming it.
-        """
-        self.path = Path(path)
-        self.places: dict[str, TensorPlace] = {}
+    def __init__(self, places: Mapping[str, TensorPlace]) -> None:
+        """Take tensors from files whose headers were read, by `read_header`."""
+        self.places = dict(places)
         self._mapped: dict[Path, MappedFile] = {}
-        for file, names in _files(self.path).items():
-            header = read_header(file)
-            if names is not None and (lost := sorted(names - header.keys())):
-                raise ModelError(
-                    f"{file}: tensor {lost[0]!r} ({len(lost)} in all) is named in {INDEX_FILE} "
-                    "but not in the file; copy the model again"
-                )
-            self.places |= header if names is None else {name: header[name] for name in names}
 
-    def view(self, name: str, rows: slice) -> Tensor:
-        """Rows of a tensor, as a view of the mapped file; only to be read."""
+    def view(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or rows of it, as a view of the mapped file; only to be read."""
         place = self.places[name]
+        if rows is None:
+            return self._file(place).view(place.dtype, place.shape, offset=place.offset)
         count = rows.stop - rows.start
         return self._file(place).view(
             place.dtype, (count, *place.shape[1:]), offset=_row_offset(place, rows.start)
@@ -154,6 +136,34 @@ class SafetensorsDirectory:
         if place.file not in self._mapped:
             self._mapped[place.file] = MappedFile(place.file)
         return self._mapped[place.file]
+
+
+class SafetensorsDirectory(MappedTensors):
+    """The weights of a Hugging Face directory: one file, or several with an index.
+
+    Opening it reads and checks every header, so that a missing or truncated file is found
+    before anything is loaded.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Read and check the headers.
+
+        Args:
+            path: Hugging Face directory.
+
+        Raises:
+            ModelError: If a file is missing, truncated or damaged, naming it.
+        """
+        super().__init__({})
+        self.path = Path(path)
+        for file, names in _files(self.path).items():
+            header = read_header(file)
+            if names is not None and (lost := sorted(names - header.keys())):
+                raise ModelError(
+                    f"{file}: tensor {lost[0]!r} ({len(lost)} in all) is named in {INDEX_FILE} "
+                    "but not in the file; copy the model again"
+                )
+            self.places |= header if names is None else {name: header[name] for name in names}
 
 
 def forget_file(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_cgn.errors import ModelError
 from megatron_cgn.hf.families import hf_shapes
-from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
+from megatron_cgn.hf.safetensors_io import MappedTensors, SafetensorsDirectory, row_blocks
 from megatron_cgn.hf.streaming import BLOCK_BYTES
 from megatron_cgn.model.architecture import Architecture
 
@@ -66,7 +66,7 @@ def has_tied_copy(source: SafetensorsDirectory, architecture: Architecture) -> b
 
 
 def tied_copy_fault(
-    source: SafetensorsDirectory, *, embedding: str = _EMBEDDING, head: str = _HEAD
+    source: MappedTensors, *, embedding: str = _EMBEDDING, head: str = _HEAD
 ) -> str | None:
     """Compare a tied model's output layer with its embedding, block by block.
 
