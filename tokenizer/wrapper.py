@@ -74,29 +74,12 @@ class Tokenizer:
         try:
             return cls._open(path)
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror or error}). Check the path and its "
-                "permissions."
-            ) from error
+            raise _unreadable(path, error) from error
 
     @classmethod
     def _open(cls, path: Path) -> Self:
-        if not path.is_dir():
-            raise DataError(
-                f"{path}: there is no such directory. Give the Hugging Face directory that holds "
-                "the tokenizer (tokenizer.json)."
-            )
-        config = _read_json(path / "tokenizer_config.json")
-        if (path / "tokenizer.json").is_file():
-            backend = _read_backend(path / "tokenizer.json")
-            if not _lacks_tokens(backend, config, path / "tokenizer_config.json"):
-                return cls(backend, name=path.resolve().name, eos_token=_eos_token(config))
-        elif not any((path / name).is_file() for name in _SLOW_FILES):
-            raise DataError(
-                f"{path}: no tokenizer here: found neither tokenizer.json nor any of "
-                f"{', '.join(_SLOW_FILES)}. Give the directory of a Hugging Face tokenizer."
-            )
-        return cls(_convert(path), name=path.resolve().name, eos_token=_eos_token(config))
+        backend, config = _open_backend(path)
+        return cls(backend, name=path.resolve().name, eos_token=_eos_token(config))
 
     @property
     def eod_id(self) -> int:
@@ -189,6 +172,57 @@ class Tokenizer:
             DataError: If the tokenizer is neither byte-level nor SentencePiece-like.
         """
         return token_byte_lengths(self.definition(), vocab_size=self.vocab_size, name=self.name)
+
+
+def open_backend(directory: str | Path) -> Backend:
+    """Open the tokenizer proper, which parses special tokens as its files say.
+
+    `Tokenizer`, which does not, is for documents; this is for text that has them on purpose.
+
+    Args:
+        directory: As of `Tokenizer.from_pretrained`.
+
+    Returns:
+        The backend, neither truncating nor padding.
+
+    Raises:
+        DataError: If the directory or its files are missing or damaged.
+    """
+    path = Path(directory)
+    try:
+        backend, _ = _open_backend(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return backend
+
+
+def _open_backend(path: Path) -> tuple[Backend, dict[str, Any]]:
+    """The tokenizer of a directory, and its ``tokenizer_config.json``."""
+    if not path.is_dir():
+        raise DataError(
+            f"{path}: there is no such directory. Give the Hugging Face directory that holds "
+            "the tokenizer (tokenizer.json)."
+        )
+    config = _read_json(path / "tokenizer_config.json")
+    if (path / "tokenizer.json").is_file():
+        backend = _read_backend(path / "tokenizer.json")
+        if not _lacks_tokens(backend, config, path / "tokenizer_config.json"):
+            return backend, config
+    elif not any((path / name).is_file() for name in _SLOW_FILES):
+        raise DataError(
+            f"{path}: no tokenizer here: found neither tokenizer.json nor any of "
+            f"{', '.join(_SLOW_FILES)}. Give the directory of a Hugging Face tokenizer."
+        )
+    return _convert(path), config
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path}: cannot be read ({error.strerror or error}). Check the path and its permissions."
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
