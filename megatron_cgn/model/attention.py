@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_cgn.errors import ConfigError
+from megatron_cgn.model.cache import DecodeRow, PrefillRow, attend_cached
 from megatron_cgn.model.packing import PackedRow, Span
 
 
@@ -34,7 +35,7 @@ class NativeAttention(MegatronModule):
 
     Args:
         config: The model's configuration.
-        layer_number: Unused: no layer differs from another.
+        layer_number: Names the layer's part of a cache of keys and values.
         attn_mask_type: Mask for calls that name none.
         attention_type: Must be ``self``.
         cp_comm_type: Unused: keys and values are always gathered.
@@ -71,6 +72,7 @@ class NativeAttention(MegatronModule):
                 )
         assert attention_type == "self"
         assert pg_collection is not None, "process groups are passed explicitly"
+        self.layer_number = layer_number
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp
@@ -87,6 +89,9 @@ class NativeAttention(MegatronModule):
     ) -> Tensor:
         """Attend. Collective over cp if the context-parallel size is above one.
 
+        Not under a `PrefillRow` or `DecodeRow`: in generation each context-parallel rank has whole
+        sequences of its own.
+
         Args:
             query: ``[s, b, n, d]``.
             key: ``[s, b, g, d]``; n is a multiple of g.
@@ -95,12 +100,20 @@ class NativeAttention(MegatronModule):
             attn_mask_type: ``causal`` (the last query sees every key), or ``no_mask`` when keys
                 come from a cache.
             attention_bias: Must be None.
-            packed_seq_params: A `PackedRow`: each sequence of the row attends to itself alone.
+            packed_seq_params: A `PackedRow`: each sequence of the row attends to itself alone. A
+                `PrefillRow` keeps its keys and values; a `DecodeRow` attends to what was kept.
 
         Returns:
             ``[s, b, n * d]``.
         """
         assert attention_mask is None and attention_bias is None, "mask by packed_seq_params"
+        if isinstance(packed_seq_params, DecodeRow):
+            seen = packed_seq_params.extend(self.layer_number, key, value)
+            out = attend_cached(query, *seen, packed_seq_params.visible, scale=self.softmax_scale)
+            return out.flatten(2)
+        if isinstance(packed_seq_params, PrefillRow):
+            packed_seq_params.keep(self.layer_number, key, value)
+            return self._packed(query, key, value, packed_seq_params.spans)
         causal = (attn_mask_type or self.attn_mask_type) is not AttnMaskType.no_mask
         gathers = causal and self.cp_group.size() > 1
         if gathers:

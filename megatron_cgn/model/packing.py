@@ -44,8 +44,8 @@ class Span:
 
 
 @dataclass(kw_only=True)
-class PackedRow(PackedSeqParams):
-    """What the native layers are told of a packed row.
+class Row(PackedSeqParams):
+    """What the native layers are told of a row of several sequences.
 
     Megatron hands it on to each layer. Its format is not ``thd``, for which Megatron would turn
     queries and keys sequence by sequence, waiting for the device at every layer, and would expect
@@ -53,10 +53,19 @@ class PackedRow(PackedSeqParams):
 
     Attributes:
         position_ids: RoPE positions of this rank's tokens, int64 ``[1, T / cp]``.
-        spans: One for each part of the row that this rank holds, in order.
     """
 
     position_ids: Tensor
+
+
+@dataclass(kw_only=True)
+class PackedRow(Row):
+    """A row of whole sequences.
+
+    Attributes:
+        spans: One for each part of the row that this rank holds, in order.
+    """
+
     spans: list[Span]
 
 
@@ -107,7 +116,7 @@ def pack_row(
     places = [(0, length)]
     if cp_size > 1:  # the cut of `parallel.context`
         places = [(c * part, (c + 1) * part) for c in (cp_rank, 2 * cp_size - 1 - cp_rank)]
-    spans = [_span(bounds, start, stop, device) for start, stop in places]
+    spans = [span_of(bounds, start, stop, device) for start, stop in places]
     return PackedRow(qkv_format="sbhd", position_ids=position_ids, spans=spans)
 
 
@@ -130,8 +139,18 @@ def check_packing(backend: Literal["native", "te"], *, cp_size: int) -> None:
         )
 
 
-def _span(bounds: list[int], start: int, stop: int, device: torch.device) -> Span:
-    """What the queries from `start` up to `stop` see."""
+def span_of(bounds: list[int], start: int, stop: int, device: torch.device) -> Span:
+    """What the queries from `start` up to `stop` see.
+
+    Args:
+        bounds: Starts of the row's sequences and its end.
+        start: First query, by its place in the row.
+        stop: End of the queries.
+        device: The model's.
+
+    Returns:
+        The part of the row.
+    """
     first = bisect.bisect_right(bounds, start) - 1
     end = bisect.bisect_left(bounds, stop)
     sequences = list(itertools.pairwise(bounds[first : end + 1]))

@@ -14,13 +14,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_cgn.model.architecture import Architecture, LinearRopeScaling, Llama3RopeScaling
-from megatron_cgn.model.packing import PackedRow
+from megatron_cgn.model.packing import Row
 
 
 class Rotary(RotaryEmbedding):
     """Megatron's rotary embedding with the architecture's frequencies, and positions of our own.
 
-    Under a `PackedRow` tokens turn by its ``position_ids``, on any context-parallel rank;
+    Under a `Row` tokens turn by its ``position_ids``, on any context-parallel rank;
     otherwise by their places, as Megatron has it.
 
     Args:
@@ -53,9 +53,9 @@ class Rotary(RotaryEmbedding):
             **rest: Further arguments.
 
         Returns:
-            A `PackedRow`, or tokens.
+            A `Row`, or tokens.
         """
-        if isinstance(packed_seq_params, PackedRow):
+        if isinstance(packed_seq_params, Row):
             return packed_seq_params
         return super().get_rotary_seq_len(
             inference_context,
@@ -77,7 +77,7 @@ class Rotary(RotaryEmbedding):
         Returns:
             Float32 ``[s / cp, 1, 1, head_dim]``.
         """
-        if not isinstance(length, PackedRow):
+        if not isinstance(length, Row):
             angles: Tensor = super().forward(length, *args, **kwargs)
             return angles
         half = torch.outer(length.position_ids[0].to(self.inv_freq.dtype), self.inv_freq)

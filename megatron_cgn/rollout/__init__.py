@@ -1,0 +1,1 @@
+"""What a model answers: generation on the layout it is trained on."""
