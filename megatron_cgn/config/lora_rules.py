@@ -56,6 +56,11 @@ def lora_faults(run: RunConfig) -> Iterator[str]:
             f"{', '.join(TARGETS)}."
         )
     yield from _names("lora.modules_to_save", lora.modules_to_save, WHOLE, other=TARGETS)
+    if run.checkpoint.load_optimizer:
+        yield (
+            "checkpoint.load_optimizer: true, but the optimizer state of a model is that of the "
+            "weights, which adapters leave as they are; set it to false."
+        )
     if run.model.backend == "te":
         yield (
             "model.backend: te, but adapters need native layers; set model.backend=auto or native."

@@ -18,6 +18,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.engine import checkpoint as ckpt
 from megatron_cgn.engine import optimizer_state
+from megatron_cgn.engine.adapter_checkpoint import (
+    adapter_record,
+    check_adapters,
+    check_is_whole,
+)
 from megatron_cgn.engine.group_selection import configured_groups
 from megatron_cgn.engine.grouped_optimizer import GroupedOptimizer
 from megatron_cgn.engine.optim import build_optimizer, leaves, wrap_model
@@ -103,6 +108,7 @@ class TrainingState:
         self._grouped: GroupedOptimizer | None = None
         self._gather_pending = False
         self._optimizer_steps = 0
+        self._adapter_record: dict[str, Any] | None = None
 
     @property
     def has_adapters(self) -> bool:
@@ -133,6 +139,7 @@ class TrainingState:
 
         Call it once, after the weights have their values: master weights are copied here.
         """
+        self.adapter_record()  # of the weights as they are now
         self._wrapped = wrap_model(
             self.chunks,
             config=self.model_config,
@@ -171,6 +178,16 @@ class TrainingState:
             # Only the interleaved schedule asks; otherwise hooks before each layer gather.
             gathers = [chunk.start_param_sync for chunk in self._wrapped]
             self.model_config.param_sync_func = gathers
+
+    def adapter_record(self) -> dict[str, Any] | None:
+        """What checkpoints say of this run's adapters; None without. Made once.
+
+        Raises:
+            UserError: On every rank, if the weights beside them cannot be read.
+        """
+        if self.has_adapters and self._adapter_record is None:
+            self._adapter_record = adapter_record(self.run)
+        return self._adapter_record
 
     def model_state(self) -> ShardedStateDict:
         """The trained weights as sharded tensors that share memory with the model; see `chunks`.
@@ -246,6 +263,7 @@ class TrainingState:
                 tensor_parallel_size=self.state.groups.tp.size(),
             ),
             dtype=self.run.precision,
+            adapter=self.adapter_record(),
         )
         return ckpt.save_checkpoint(
             root, sharded, info, hf_files=hf_files, keep_last=self.run.checkpoint.keep_last
@@ -255,17 +273,20 @@ class TrainingState:
         """Fill the model, and nothing else, from a checkpoint of any layout.
 
         Args:
-            directory: A checkpoint directory.
+            directory: A checkpoint directory of all weights.
 
         Raises:
             CheckpointError: If it is damaged or does not hold this model.
         """
-        ckpt.check_tensors(directory, ckpt.read_info(directory))
+        info = ckpt.read_info(directory)
+        check_is_whole(directory, info)
+        ckpt.check_tensors(directory, info)
         self._put_weights(ckpt.load_checkpoint(directory, self._base_state()))
 
     def resume(self, directory: Path, *, fit: dict[str, Any]) -> None:
         """Go on exactly where a checkpoint stopped; call it after `prepare_training`.
 
+        With adapters the weights beside them must have been loaded, since the checkpoint has none.
         Random states return only under the layout that saved them, since they are per rank.
 
         Args:
@@ -276,9 +297,12 @@ class TrainingState:
             CheckpointError: If it is damaged or does not fit.
         """
         info = ckpt.read_info(directory)
+        check_adapters(info, self.adapter_record(), directory)
         ckpt.check_fit(info, fit, directory)
         if info.step == self.total_steps and not info.has_optimizer:
-            self.load_model(directory)  # nothing is left to train
+            ckpt.check_tensors(directory, info)
+            self._put_weights(ckpt.load_checkpoint(directory, self.model_state()))
+            # Nothing is left to train.
             self.step = info.step
             self.consumed_sequences = info.consumed_sequences
             return
@@ -317,6 +341,7 @@ class TrainingState:
             CheckpointError: If it is damaged or holds no optimizer state.
         """
         info = ckpt.read_info(directory)
+        check_is_whole(directory, info)
         if not info.has_optimizer:
             raise CheckpointError(
                 f"{directory}: holds no optimizer state; set checkpoint.load_optimizer=false"

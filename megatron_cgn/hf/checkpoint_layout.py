@@ -46,6 +46,8 @@ class CheckpointInfo:
         dtype: Type of most stored weights: ``bf16``, ``fp16``, ``fp32`` or ``fp64``.
         new_rows: First row that the optimizer has never updated, by parameter outside the layers:
             where the vocabulary was extended after the last step.
+        adapter: Of a checkpoint of adapters: the model they belong to and their settings, by
+            name; None where all weights are stored.
         files: Size in bytes of every file, by relative path.
         digests: Hash of every file, by relative path.
         format: Version of this layout.
@@ -62,6 +64,7 @@ class CheckpointInfo:
     padded_vocab_size: int
     dtype: str
     new_rows: Mapping[str, int] = field(default_factory=dict)
+    adapter: Mapping[str, Any] | None = None
     files: Mapping[str, int] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     format: int = FORMAT

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_cgn.errors import ModelError
 from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, module_spelling, parameter_table
-from megatron_cgn.hf.safetensors_io import SafetensorsDirectory, row_blocks
+from megatron_cgn.hf.safetensors_io import MappedTensors, row_blocks
 from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import ADAPTERS
@@ -56,7 +56,7 @@ def load_weights(
             raise ModelError(first)
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     for parameter, weight in model_parameters(model_chunks, architecture):
-        _fill(weight, parameter, source, tp_rank=tp_rank, tp_size=tp_size)
+        fill_parameter(weight, parameter, source, tp_rank=tp_rank, tp_size=tp_size)
 
 
 def model_parameters(
@@ -103,15 +103,23 @@ def _global_key(chunk: nn.Module, name: str) -> tuple[int | None, str]:
 
 
 @torch.no_grad()
-def _fill(
+def fill_parameter(
     weight: Tensor,
     parameter: Parameter,
-    source: SafetensorsDirectory,
+    source: MappedTensors,
     *,
     tp_rank: int,
     tp_size: int,
 ) -> None:
-    """Copy one parameter's pieces, and zero the rows that no piece covers."""
+    """Copy one parameter's pieces, and zero the rows that no piece covers.
+
+    Args:
+        weight: This rank's share of the parameter.
+        parameter: Its entry in a table.
+        source: Holds the tensors that the entry names, of the shapes that it says.
+        tp_rank: Rank in the tensor-parallel group.
+        tp_size: Size of that group.
+    """
     padded = weight.shape[0] * tp_size
     shape = parameter.local_shape(tp_size=tp_size, padded_vocab_size=padded)
     assert tuple(weight.shape) == shape, f"{parameter.key}: {tuple(weight.shape)} is not {shape}"
