@@ -1,21 +1,30 @@
-"""What a person sees: a line a step, a progress bar, metrics.jsonl, TensorBoard, loss.png."""
+"""What a person sees: a line a step, a progress bar, TensorBoard, loss.png, and two records.
+
+``metrics.jsonl`` has the figures of every step, ``samples.jsonl`` what the model answered.
+"""
 
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from megatron_cgn.engine.callbacks import SampleAnswer
 from megatron_cgn.engine.engine import StepReport
 from megatron_cgn.engine.plot import plot_losses
 
+SAMPLES_FILE = "samples.jsonl"
 _MIB = 1024 * 1024
+_ACCURACY = "token_accuracy"
+_SHOWN_CHARACTERS = 300
+"""Of an answer, in the closing lines; `SAMPLES_FILE` has all of it."""
 
 
 class Monitor:
@@ -27,7 +36,7 @@ class Monitor:
         *,
         total_steps: int,
         first_step: int,
-        tokens_per_step: int,
+        tokens_after: Callable[[int], int],
     ) -> None:
         """Open the files, cutting off what a later, lost part of the run had written.
 
@@ -35,19 +44,21 @@ class Monitor:
             output_dir: The run's directory.
             total_steps: Steps of the whole run.
             first_step: Steps done already; records after it are from a part that was lost.
-            tokens_per_step: Tokens of one optimizer step over all ranks.
+            tokens_after: Tokens that all ranks have read after so many steps, padding left out.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         output_dir.mkdir(parents=True, exist_ok=True)
         self._path = output_dir / "metrics.jsonl"
-        _keep_records(self._path, upto=first_step)
+        self._samples_path = output_dir / SAMPLES_FILE
+        for path in (self._path, self._samples_path):
+            _keep_records(path, upto=first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
             str(output_dir / "tensorboard"), purge_step=first_step + 1
         )
         self._plot_path = output_dir / "loss.png"
-        self._tokens_per_step = tokens_per_step
+        self._tokens_after = tokens_after
         self._total_steps = total_steps
         self._bar = tqdm(
             total=total_steps,
@@ -68,8 +79,10 @@ class Monitor:
         now = self._idle_since = time.perf_counter()
         if not report.metrics:
             return
-        step_time = (now - self._last_time) / done
-        self._seconds += now - self._last_time
+        seconds = now - self._last_time
+        tokens = self._tokens_after(report.step)
+        tokens_per_s = (tokens - self._tokens_after(self._last_step)) / seconds
+        self._seconds += seconds
         self._counted_steps += done
         self._last_time, self._last_step = now, report.step
         metrics = dict(report.metrics)
@@ -78,9 +91,9 @@ class Monitor:
             "loss": metrics.pop("loss"),
             "lr": report.lr,
             "grad_norm": report.grad_norm,
-            "tokens": self._tokens_per_step * report.step,
-            "tokens_per_s": self._tokens_per_step / step_time,
-            "step_time_s": step_time,
+            "tokens": tokens,
+            "tokens_per_s": tokens_per_s,
+            "step_time_s": seconds / done,
             **metrics,
         }
         if report.skipped:
@@ -93,6 +106,14 @@ class Monitor:
         self._write({"step": step, **metrics})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         self._say(f"step {step:>6}  {shown}")
+        self._leave_out_time()
+
+    def on_samples(self, step: int, samples: Sequence[SampleAnswer]) -> None:
+        """Record answers."""
+        with self._samples_path.open("a", encoding="utf-8") as file:
+            file.writelines(_line_of({"step": step, **asdict(sample)}) for sample in samples)
+        for number, sample in enumerate(samples, 1):
+            self._tensorboard.add_text(f"samples/{number}", _in_markdown(sample), step)
         self._leave_out_time()
 
     def on_message(self, message: str) -> None:
@@ -172,27 +193,68 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
         records: From `read_records`.
 
     Returns:
-        A Markdown table with a row a source; empty if nothing was validated.
+        A Markdown table with a row a source: its loss, and bits per byte or token accuracy; empty
+        if nothing was validated.
     """
     scored = [r for r in records if any(n.startswith("val/") for n in r)]
     if not scored:
         return ""
     last = scored[-1]
+    metric = "bits_per_byte" if any(n.endswith("/bits_per_byte") for n in last) else _ACCURACY
     rows = [
-        "| source | loss before | after | bits per byte before | after | change |",
+        f"| source | loss before | after | {metric.replace('_', ' ')} before | after | change |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in (n for n in last if n.endswith("/bits_per_byte")):
+    for name in (n for n in last if n.endswith(f"/{metric}")):
         source = name.split("/")[1]
         loss = f"val/{source}/loss"
         first = next(record for record in scored if name in record)
         # A score that was no number is null in the file.
         cells = [math.nan if r[n] is None else r[n] for n in (loss, name) for r in (first, last)]
-        change = 100 * (cells[3] / cells[2] - 1)
-        rows.append(
-            f"| {source} | " + " | ".join(f"{c:.4f}" for c in cells) + f" | {change:+.1f} % |"
+        change = (
+            f"{100 * (cells[3] - cells[2]):+.1f} points"
+            if metric == _ACCURACY
+            else f"{100 * (cells[3] / cells[2] - 1):+.1f} %"
         )
+        rows.append(f"| {source} | " + " | ".join(f"{c:.4f}" for c in cells) + f" | {change} |")
     return "\n".join(rows)
+
+
+def before_after_samples(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Tell how answers to the fixed prompts changed over the run.
+
+    Args:
+        records: Of `SAMPLES_FILE`, from `read_records`.
+
+    Yields:
+        Three lines a prompt, as one text.
+    """
+    if not records:
+        return
+    first, last = records[0]["step"], records[-1]["step"]
+    before = {r["prompt"]: r["answer"] for r in records if r["step"] == first}
+    for record in (r for r in records if r["step"] == last and first != last):
+        lines = [f"asked   {_shortened(record['prompt'])}"]
+        if record["prompt"] in before:
+            lines.append(f"before  {_shortened(before[record['prompt']])}")
+        yield "\n".join([*lines, f"after   {_shortened(record['answer'])}"])
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[:_SHOWN_CHARACTERS] + " …"
+
+
+def _in_markdown(sample: SampleAnswer) -> str:
+    """A sample as TensorBoard shows it: indented, so that no text is taken for markup."""
+    ended = "ended its turn" if sample.ended else "cut off"
+    parts = [("Prompt", sample.prompt), (f"Answer ({ended})", sample.answer)]
+    if sample.reference is not None:
+        parts.append(("Reference", sample.reference))
+    return "\n\n".join(
+        f"**{title}**\n\n" + "\n".join(f"    {line}" for line in (text or " ").splitlines())
+        for title, text in parts
+    )
 
 
 def _keep_records(path: Path, *, upto: int) -> None:

@@ -9,7 +9,9 @@ logger = logging.getLogger(__name__)
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw training loss and held-out bits per byte over steps, source by source.
+    """Draw training loss and held-out scores over steps, source by source.
+
+    The scores are bits per byte, or losses where nobody counted bytes.
 
     A name that no installed font can show is drawn as ``source N``, and the log says which it is.
 
@@ -22,10 +24,11 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained, held_out = (
-        _sources(records, "train/", "/loss"),
-        _sources(records, "val/", "/bits_per_byte"),
-    )
+    trained = _sources(records, "train/", "/loss")
+    score, meaning = "bits_per_byte", "held-out bits per byte"
+    if not (held_out := _sources(records, "val/", f"/{score}")):
+        score, meaning = "loss", "held-out loss (nats per token)"
+        held_out = _sources(records, "val/", f"/{score}")
     names = list(dict.fromkeys((*trained, *held_out)))
     labels, families = _labels(names)
     colours = {name: f"C{place % 10}" for place, name in enumerate(names)}
@@ -42,10 +45,10 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
         left.plot(*points, **_line(points), color="black" if trained else "C0", label="all sources")
         left.set(xlabel="step", ylabel="training loss (nats per token)")
         for name in held_out:
-            points = _points(records, f"val/{name}/bits_per_byte")
+            points = _points(records, f"val/{name}/{score}")
             right.plot(*points, marker="o", color=colours[name], label=labels[name])
         if held_out:
-            right.set(xlabel="step", ylabel="held-out bits per byte")
+            right.set(xlabel="step", ylabel=meaning)
         for axis, several in ((left, trained), (right, held_out)):
             axis.grid(alpha=0.3)
             if several:

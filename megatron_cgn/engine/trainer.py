@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_cgn.engine.callbacks import Callback
+from megatron_cgn.engine.callbacks import Callback, SampleAnswer
 from megatron_cgn.engine.checkpoint import find_latest
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import CheckpointError, ConfigError, StoppedBySignal
@@ -53,6 +53,7 @@ class Trainer[B]:
         fit: dict[str, Any],
         hf_files: Callable[[Path], None],
         validate: Callable[[], dict[str, float]],
+        answer: Callable[[], Sequence[SampleAnswer]] | None = None,
     ) -> None:
         """Put a run together.
 
@@ -64,6 +65,7 @@ class Trainer[B]:
             fit: What a run must share with this one to go on from its checkpoints.
             hf_files: Writes configuration and tokenizer into a checkpoint.
             validate: Scores held-out data; collective. Returns metrics by name.
+            answer: Answers fixed prompts at every validation; collective. None: there are none.
         """
         self._engine = engine
         self._objective = objective
@@ -72,6 +74,7 @@ class Trainer[B]:
         self._fit = fit
         self._hf_files = hf_files
         self._validate = validate
+        self._answer = answer
         self._callbacks: Sequence[Callback] = ()
         self._stop_signal: int | None = None
         self._problem: str | None = None
@@ -155,6 +158,8 @@ class Trainer[B]:
         metrics = self._validate()
         if metrics:
             self._tell(methodcaller("on_validation", self._engine.step, metrics))
+        if self._answer is not None:
+            self._tell(methodcaller("on_samples", self._engine.step, self._answer()))
 
     def _save(self, *, to_go_on: bool = False) -> None:
         if self._saved_step == self._engine.step:

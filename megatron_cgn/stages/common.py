@@ -3,7 +3,7 @@
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def _write_config(run: RunConfig) -> None:
 
 
 def make_callbacks(
-    engine: Engine, *, tokens_per_step: int, resumed_from: Path | None
+    engine: Engine, *, tokens_after: Callable[[int], int], resumed_from: Path | None
 ) -> list[Callback]:
     """Write the run's ``config.yaml`` and open its monitor. Collective over all ranks.
 
@@ -180,7 +180,7 @@ def make_callbacks(
 
     Args:
         engine: After resuming, so that its step is where the run goes on.
-        tokens_per_step: Tokens of one optimizer step over all ranks.
+        tokens_after: Tokens that all ranks have read after so many steps, padding left out.
         resumed_from: The checkpoint that the run goes on from, to be told.
 
     Returns:
@@ -198,7 +198,7 @@ def make_callbacks(
                 Path(engine.run.output_dir),
                 total_steps=engine.total_steps,
                 first_step=engine.step,
-                tokens_per_step=tokens_per_step,
+                tokens_after=tokens_after,
             )
             callbacks = [monitor]
             if resumed_from is not None:

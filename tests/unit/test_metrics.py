@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 
 from megatron_cgn.engine import metrics
+from megatron_cgn.engine.callbacks import SampleAnswer
 from megatron_cgn.engine.engine import StepReport
-from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
+from megatron_cgn.engine.metrics import (
+    Monitor,
+    before_after_samples,
+    before_after_table,
+    read_records,
+)
 
 TOKENS = 1000
 
@@ -32,7 +38,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
 
 
 def _monitor(path: Path, *, first_step: int = 0, total_steps: int = 10) -> Monitor:
-    return Monitor(path, total_steps=total_steps, first_step=first_step, tokens_per_step=TOKENS)
+    return Monitor(
+        path, total_steps=total_steps, first_step=first_step, tokens_after=TOKENS.__mul__
+    )
 
 
 def _report(step: int, *, logged: bool = True, **changes: Any) -> StepReport:
@@ -245,3 +253,55 @@ def test_table_compares_first_and_last_scores() -> None:
         [scores(0, 2.0, 1.0), scores(1, None, 1.0)]
     )
     assert before_after_table([{"step": 1, "loss": 9.0}]) == ""
+
+
+def test_table_of_answers_compares_points_of_accuracy() -> None:
+    records = [
+        {"step": 0, "val/a/loss": 2.0, "val/a/token_accuracy": 0.5},
+        {"step": 9, "val/a/loss": 1.0, "val/a/token_accuracy": 0.625},
+    ]
+    head, _, row = before_after_table(records).splitlines()
+    assert head == "| source | loss before | after | token accuracy before | after | change |"
+    assert row == "| a | 2.0000 | 1.0000 | 0.5000 | 0.6250 | +12.5 points |"
+
+
+def _sample(answer: str, *, reference: str | None = None) -> SampleAnswer:
+    return SampleAnswer(
+        prompt="一回路压力?", answer=answer, reference=reference, num_tokens=3, ended=True
+    )
+
+
+def test_samples_are_recorded_cut_off_on_resuming_and_compared(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = _monitor(tmp_path)
+    monitor.on_samples(0, [_sample("15\n\nMPa", reference="15.5 MPa")])
+    monitor.on_samples(4, [_sample("four")])
+    monitor.on_samples(6, [_sample("lost")])
+    monitor.on_end()
+    _monitor(tmp_path, first_step=4).on_end()
+    records = read_records(tmp_path / "samples.jsonl")
+    assert [(r["step"], r["answer"]) for r in records] == [(0, "15\n\nMPa"), (4, "four")]
+    assert records[0]["reference"] == "15.5 MPa" and records[0]["num_tokens"] == 3
+    assert "一回路压力" in (tmp_path / "samples.jsonl").read_text("utf-8")
+    assert list(before_after_samples(records)) == [
+        "asked   一回路压力?\nbefore  15 MPa\nafter   four"
+    ]
+    assert list(before_after_samples(records[:1])) == list(before_after_samples([])) == []
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert "samples/1/text_summary" in events.Tags()["tensors"]
+
+
+def test_rates_count_the_tokens_of_their_own_steps(tmp_path: Path, clock: _Clock) -> None:
+    """Packs are not all full: what was read up to a step is known exactly."""
+    read = [0, 100, 150, 450]
+    monitor = Monitor(tmp_path, total_steps=3, first_step=0, tokens_after=read.__getitem__)
+    for step in (1, 2, 3):
+        clock.now += 2.0
+        monitor.on_step(_report(step, logged=step != 2))
+    monitor.on_end()
+    assert [(r["tokens"], r["tokens_per_s"]) for r in _lines(tmp_path)] == [
+        (100, 50.0),
+        (450, 87.5),
+    ]
