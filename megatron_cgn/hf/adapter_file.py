@@ -139,16 +139,18 @@ class AdapterFile:
         for name in sorted(self._names - expected.keys()):
             raise ModelError(f"{self.file}: tensor {name!r} is not expected by {CONFIG_FILE}")
 
-    def check_settings(self, lora: LoraConfig) -> None:
+    def check_settings(self, lora: LoraConfig, architecture: Architecture) -> None:
         """Hold the adapter against a run's settings.
 
         Args:
             lora: The run's.
+            architecture: The model; a tied one's matrix has two names.
 
         Raises:
             ConfigError: Naming every setting that differs, with both values.
         """
-        ours, theirs = _comparable(lora), _comparable(self.lora)
+        tied = architecture.tie_word_embeddings
+        ours, theirs = _comparable(lora, tied=tied), _comparable(self.lora, tied=tied)
         faults = [
             f"lora.{name}: the adapter has {theirs[name]!r}, this run {value!r}"
             for name, value in ours.items()
@@ -161,13 +163,13 @@ class AdapterFile:
                 "Give the adapter's values, or leave lora.adapter_path out."
             )
 
-    def tied_copy_fault(self, architecture: Architecture) -> str | None:
-        """Compare the two copies of a tied model's matrix; what is wrong, or None. Reads both."""
-        if not architecture.tie_word_embeddings or not {
-            PREFIX + _EMBEDDING,
-            PREFIX + _HEAD,
-        } <= set(self._names):
-            return None
+    def has_tied_copy(self, architecture: Architecture) -> bool:
+        """Whether a tied model's matrix is here twice, so that `tied_copy_fault` must read it."""
+        both = PREFIX + _EMBEDDING in self._names and PREFIX + _HEAD in self._names
+        return architecture.tie_word_embeddings and both
+
+    def tied_copy_fault(self) -> str | None:
+        """Compare the two copies of a tied model's matrix; what is wrong, or None."""
         return tied_copy_fault(self.tensors, embedding=PREFIX + _EMBEDDING, head=PREFIX + _HEAD)
 
     def _check_rank(self, architecture: Architecture) -> None:
@@ -212,14 +214,15 @@ def read_adapter_config(path: str | Path) -> LoraConfig:
     return AdapterFile(path).lora
 
 
-def _comparable(lora: LoraConfig) -> dict[str, object]:
+def _comparable(lora: LoraConfig, *, tied: bool) -> dict[str, object]:
     """The settings that a file's tensors depend on."""
     alpha = 2.0 * (lora.rank or 0) if lora.alpha is None else float(lora.alpha)
+    whole = tuple(name for name in WHOLE_MATRICES if name in lora.modules_to_save)
     return {
         "rank": lora.rank,
         "alpha": alpha,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "targets": tuple(name for name in TARGETS if name in lora.targets),
-        "modules_to_save": tuple(n for n in WHOLE_MATRICES if n in lora.modules_to_save),
+        "modules_to_save": ("embed_tokens",) if tied and whole else whole,
     }

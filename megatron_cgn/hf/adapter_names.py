@@ -1,11 +1,13 @@
-"""Names and shapes of an adapter's tensors in `peft`'s files."""
+"""Names, shapes and layouts of an adapter's tensors in `peft`'s files."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
 from megatron_cgn.config.schema import LoraConfig
-from megatron_cgn.hf.families import hf_shapes
+from megatron_cgn.hf.families import Parameter, Rows, parameter_table
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.lora_layout import AdapterEntry, adapter_entries
 
 TARGETS: Mapping[str, str] = {
     "q_proj": "self_attn",
@@ -59,34 +61,50 @@ def parse_name(name: str) -> tuple[int, str, str] | None:
     return key if tensor_name(*key) == name else None
 
 
-def adapter_shapes(architecture: Architecture, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an adapter directory and its shape, in the order of the model.
+def adapter_table(architecture: Architecture, lora: LoraConfig) -> tuple[Parameter, ...]:
+    """Every tensor of an adapter directory, in the order of the model.
+
+    As `families.parameter_table` is for a model: files in, files out and conversions follow it.
 
     Args:
         architecture: The base model.
         lora: The adapters.
 
     Returns:
-        Shapes by name: ``A`` is ``[rank, in]``, ``B`` is ``[out, rank]``.
+        Tensors by the names of `peft`, with their keys in checkpoints. A tied model's matrix that
+        is held whole is there under both of its names, with one key.
     """
-    assert lora.rank is not None
-    base = hf_shapes(architecture)
     whole = whole_tensors(architecture, lora.modules_to_save)
-    vocabulary = (architecture.vocab_size, architecture.hidden_size)
+    base = {name: entry for entry in parameter_table(architecture) for name in entry.hf_names()}
     embedding, head = WHOLE_MATRICES["embed_tokens"], WHOLE_MATRICES["lm_head"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    if embedding in whole:
-        shapes[PREFIX + embedding] = vocabulary
-    for layer in range(architecture.num_layers):
-        for target in (name for name in TARGETS if name in lora.targets):
-            out_features, in_features = base[f"{module_name(layer, target)}.weight"]
-            shapes[tensor_name(layer, target, "lora_A")] = (lora.rank, in_features)
-            shapes[tensor_name(layer, target, "lora_B")] = (out_features, lora.rank)
-            if lora.use_dora:
-                shapes[tensor_name(layer, target, "lora_magnitude_vector")] = (out_features,)
+    table = [_renamed(base[embedding], embedding)] if embedding in whole else []
+    table += [_adapter_parameter(entry) for entry in adapter_entries(architecture, lora)]
     if head in whole:
-        shapes[PREFIX + head] = vocabulary
-    return shapes
+        # A tied model's table has the matrix once.
+        table.append(_renamed(base.get(head, base[embedding]), head))
+    return tuple(table)
+
+
+def adapter_shapes(architecture: Architecture, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of `adapter_table` and their shapes: ``A [rank, in]``, ``B [out, rank]``."""
+    table = adapter_table(architecture, lora)
+    return {name: shape for entry in table for name, shape in entry.hf_shapes().items()}
+
+
+def _adapter_parameter(entry: AdapterEntry) -> Parameter:
+    name = tensor_name(entry.layer, entry.target, entry.part)
+    return Parameter(
+        key=entry.key,
+        parts=((Rows(name=name, start=0, stop=entry.shape[0]),),),
+        columns=entry.shape[1] if len(entry.shape) > 1 else None,
+        tp_dim=entry.tp_dim,
+    )
+
+
+def _renamed(parameter: Parameter, name: str) -> Parameter:
+    """A matrix of the base model as `peft` names it."""
+    rows = Rows(name=PREFIX + name, start=0, stop=parameter.num_rows)
+    return dataclasses.replace(parameter, parts=((rows,),))
 
 
 def whole_tensors(architecture: Architecture, modules_to_save: Sequence[str]) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from megatron_cgn.hf.gather import (
 from megatron_cgn.hf.load import model_parameters
 from megatron_cgn.hf.safetensors_io import ShardPlan, TensorTypes, plan_shards
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.lora import delta_of
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +120,14 @@ def _export(
     write_directory(
         target,
         [
-            parameter_share(parameter, weight, groups.tp, dtype=wanted)
-            for parameter, weight in _exported(model_chunks, architecture)
+            parameter_share(
+                parameter,
+                weight,
+                groups.tp,
+                dtype=wanted,
+                value=functools.partial(_merged, chunk, parameter, weight, wanted),
+            )
+            for chunk, parameter, weight in exported_parameters(model_chunks, architecture)
         ],
         groups=groups,
         plan=functools.partial(plan_shards, max_shard_bytes=max_shard_bytes),
@@ -143,21 +150,44 @@ def resolve_dtype(name: ExportDtype, config: Mapping[str, Any]) -> torch.dtype |
     return _NAMED_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")))
 
 
-def _exported(
+def exported_parameters(
     model_chunks: Sequence[nn.Module], architecture: Architecture
-) -> Iterator[tuple[Parameter, Tensor]]:
-    """This rank's parameters, without a tied output layer's copy of the embedding."""
+) -> Iterator[tuple[nn.Module, Parameter, Tensor]]:
+    """This rank's parameters, without a tied output layer's copy of the embedding.
+
+    Args:
+        model_chunks: ``GPTModel`` chunks, possibly wrapped.
+        architecture: The whole model.
+
+    Yields:
+        Chunk, table entry and parameter.
+    """
     seen = set()
     first_stage = any(
         name.endswith("embedding.word_embeddings.weight")
         for chunk in model_chunks
         for name, _ in chunk.named_parameters()
     )
-    for parameter, weight in model_parameters(model_chunks, architecture):
-        copy = parameter.key == "embedding.word_embeddings.weight" and not first_stage
-        if not copy and (parameter.layer, parameter.key) not in seen:
-            seen.add((parameter.layer, parameter.key))
-            yield parameter, weight
+    for chunk in model_chunks:
+        for parameter, weight in model_parameters([chunk], architecture):
+            copy = parameter.key == "embedding.word_embeddings.weight" and not first_stage
+            if not copy and (parameter.layer, parameter.key) not in seen:
+                seen.add((parameter.layer, parameter.key))
+                yield chunk, parameter, weight
+
+
+def _merged(
+    chunk: nn.Module, parameter: Parameter, weight: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    """A rank's share of a weight with its adapters: added in FP32, then rounded once.
+
+    Collective over tp where the adapters' share is.
+    """
+    module, _, kind = parameter.key.rpartition(".")
+    if parameter.layer is None or kind != "weight":
+        return weight
+    delta = delta_of(chunk, parameter.layer, module.rpartition(".")[2])
+    return weight if delta is None else delta.add_(weight).to(dtype or weight.dtype)
 
 
 def parameter_share(
@@ -166,6 +196,7 @@ def parameter_share(
     tp: dist.ProcessGroup,
     *,
     dtype: torch.dtype | None,
+    value: Callable[[], Tensor] | None = None,
 ) -> Share:
     """One parameter as Hugging Face tensors to be written.
 
@@ -174,6 +205,8 @@ def parameter_share(
         weight: This rank's share of it.
         tp: Tensor-parallel group.
         dtype: Type to write; None for the weight's own.
+        value: Makes what is written in place of `weight`, of its shape. Called when the tensors'
+            turn comes, on every rank.
 
     Returns:
         The share.
@@ -181,7 +214,7 @@ def parameter_share(
     return Share(
         types={name: (dtype or weight.dtype, s) for name, s in parameter.hf_shapes().items()},
         device=weight.device,
-        collect=lambda: _hf_tensors(parameter, weight, tp),
+        collect=lambda: _hf_tensors(parameter, value() if value else weight, tp),
     )
 
 

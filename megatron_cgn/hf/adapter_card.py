@@ -1,0 +1,107 @@
+"""The ``README.md`` of an adapter directory: what it is and how to open it, from facts alone."""
+
+import json
+import math
+
+from megatron_cgn.config.schema import LoraConfig
+from megatron_cgn.hf.safetensors_io import TensorTypes
+from megatron_cgn.model.lora_layout import scaling
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's ``--max-lora-rank``."""
+
+
+def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
+    """Write a model card.
+
+    Args:
+        lora: The adapters.
+        base: The model that they belong to.
+        types: Types and shapes of the tensors.
+
+    Returns:
+        Markdown, with the header that model hubs read.
+    """
+    count = sum(math.prod(shape) for _, shape in types.values())
+    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in types.values())
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in types.values()})
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    root = "the root of the rank (rsLoRA)" if lora.use_rslora else "the rank"
+    whole = ", ".join(f"`{name}`" for name in lora.modules_to_save)
+    facts = [
+        f"- base model: `{base}`; the adapter is of no use without it, or with another",
+        f"- kind: {kind}, rank {lora.rank}; alpha over {root} scales by {scaling(lora):g}",
+        f"- matrices with an adapter: {', '.join(f'`{name}`' for name in lora.targets)}",
+        f"- matrices held whole: {whole or 'none'}",
+        f"- {count:,} values in {', '.join(dtypes)}, {size / 2**20:.1f} MiB",
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {json.dumps(base, ensure_ascii=False)}",
+            "library_name: peft",
+            "tags:",
+            "- lora",
+            "---",
+            "",
+            f"# {kind} adapter",
+            "",
+            *facts,
+            "",
+            "## Open it",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            "```",
+            "",
+            *_serving(lora, base),
+        ]
+    )
+
+
+def _serving(lora: LoraConfig, base: str) -> list[str]:
+    merge = [
+        "```bash",
+        f"python tools/convert_checkpoint.py merge-adapter --model {base} \\",
+        "    --adapter THIS_DIRECTORY --output MERGED",
+        "```",
+        "",
+    ]
+    rank = _served_rank(lora)
+    if lora.use_dora or lora.modules_to_save or rank is None:
+        reason = "matrices held whole" if lora.modules_to_save else f"rank {lora.rank}"
+        reason = "DoRA" if lora.use_dora else reason
+        return [
+            "## Serve it",
+            "",
+            f"Servers that load adapters at run time, such as vLLM, may refuse {reason}. Merged "
+            "into the",
+            "base it is a model like any other:",
+            "",
+            *merge,
+        ]
+    return [
+        "## Serve it",
+        "",
+        "With vLLM, beside the base model:",
+        "",
+        "```bash",
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} \\",
+        "    --lora-modules adapter=THIS_DIRECTORY",
+        "```",
+        "",
+        "Or merged into the base:",
+        "",
+        *merge,
+    ]
+
+
+def _served_rank(lora: LoraConfig) -> int | None:
+    """The smallest of vLLM's ranks that holds the adapter, if one does."""
+    assert lora.rank is not None
+    return next((size for size in _VLLM_RANKS if size >= lora.rank), None)
