@@ -6,7 +6,8 @@ sequences consumed. Nothing depends on how many ranks read, except which of them
 
 import functools
 import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +16,9 @@ from megatron_cgn.batch import TokenBatch
 from megatron_cgn.data.boundaries import separate_documents
 from megatron_cgn.data.windows import Sample
 from megatron_cgn.errors import ConfigError
+
+type Collate = Callable[[Sequence[Any]], TokenBatch]
+"""Makes a micro-batch of what a dataset gives."""
 
 
 class SequentialLoader:
@@ -28,7 +32,7 @@ class SequentialLoader:
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
+        dataset: Dataset[Any],
         *,
         micro_batch_size: int,
         global_batch_size: int,
@@ -37,6 +41,7 @@ class SequentialLoader:
         start_sequence: int = 0,
         num_workers: int = 0,
         eod_id: int | None = None,
+        make_batch: Collate | None = None,
     ) -> None:
         """Set the position; nothing is read yet.
 
@@ -49,6 +54,7 @@ class SequentialLoader:
             start_sequence: Sequences consumed already.
             num_workers: Processes that read ahead; 0 reads in this one. The order is the same.
             eod_id: Separate documents at this end-of-document token; None leaves them joined.
+            make_batch: Makes a batch of what the dataset gives, instead of `collate`.
 
         Raises:
             ConfigError: If the global batch does not divide into micro-batches.
@@ -67,7 +73,7 @@ class SequentialLoader:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._num_workers = num_workers
-        self._eod_id = eod_id
+        self._collate = make_batch or functools.partial(collate, eod_id=eod_id)
 
     @property
     def steps_left(self) -> int:
@@ -84,7 +90,7 @@ class SequentialLoader:
         steps = self.steps_left
         share = self._global_batch_size // self._dp_size
         micro_batches = iter(
-            _loader(self._dataset, self._batches(steps), self._num_workers, self._eod_id)
+            _loader(self._dataset, self._batches(steps), self._num_workers, self._collate)
         )
         for _ in range(steps):
             step_batches = [next(micro_batches) for _ in range(share // self._micro_batch_size)]
@@ -109,7 +115,7 @@ class ValidationLoader:
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
+        dataset: Dataset[Any],
         *,
         micro_batch_size: int,
         dp_rank: int,
@@ -117,6 +123,7 @@ class ValidationLoader:
         max_sequences: int | None = None,
         num_workers: int = 0,
         eod_id: int | None = None,
+        make_batch: Collate | None = None,
     ) -> None:
         """Divide the dataset; nothing is read yet.
 
@@ -128,6 +135,7 @@ class ValidationLoader:
             max_sequences: Read only this many, from the start. None: all.
             num_workers: Processes that read ahead; 0 reads in this one.
             eod_id: As for `SequentialLoader`.
+            make_batch: Likewise.
         """
         total = len(dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
         assert total > 0, "an empty source is refused when it is checked"
@@ -138,9 +146,9 @@ class ValidationLoader:
             list(range(start, start + micro_batch_size))
             for start in range(dp_rank * micro_batch_size, self._padded(stride), stride)
         ]
-        self._dataset = _Padded(dataset, self.num_sequences)
+        self._dataset: Dataset[Any] = _Padded(dataset, self.num_sequences)
         self._num_workers = num_workers
-        self._eod_id = eod_id
+        self._collate = make_batch or functools.partial(collate, eod_id=eod_id)
 
     def _padded(self, stride: int) -> int:
         return -(-self.num_sequences // stride) * stride
@@ -151,7 +159,7 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """Yield the micro-batches in order."""
-        return iter(_loader(self._dataset, self._batches, self._num_workers, self._eod_id))
+        return iter(_loader(self._dataset, self._batches, self._num_workers, self._collate))
 
 
 def collate(samples: Sequence[Sample], *, eod_id: int | None = None) -> TokenBatch:
@@ -208,15 +216,15 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 
 def _loader(
-    dataset: Dataset[Sample],
+    dataset: Dataset[Any],
     batches: Iterable[list[int]],
     num_workers: int,
-    eod_id: int | None,
+    make_batch: Collate,
 ) -> DataLoader[TokenBatch]:
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # typed by what it yields, not by what it reads
+        dataset,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate, eod_id=eod_id),
+        collate_fn=make_batch,
         num_workers=num_workers,
         worker_init_fn=_leave_signals_to_the_run,
         # Without its own generator, a loader draws a seed from the global one, and a resumed run
