@@ -122,10 +122,40 @@ class Engine(TrainingState):
             Each batch with the model's output for it, float32 ``[B, S]``, on every rank of the
             model-parallel and context-parallel groups.
         """
+        for batch, output, _ in self._score(batches, forward_args, predict=False):
+            yield batch, self._from_last_stage(output, forward_args(batch), torch.float32)
+
+    @torch.no_grad()
+    def score_with_predictions[B](
+        self, batches: Iterable[B], forward_args: Callable[[B], ForwardArgs]
+    ) -> Iterator[tuple[B, Tensor, Tensor]]:
+        """Run the model forward only, and find the ids it finds most probable.
+
+        Args:
+            batches: Micro-batches of this data-parallel rank; every rank brings as many.
+            forward_args: What the model is called with; it must ask for labels.
+
+        Yields:
+            Each batch with the negative log-likelihood of its labels, float32 ``[B, S]``, and the
+            most probable ids in their places, int64 ``[B, S]`` (of equals the lowest), on every
+            rank of the model-parallel and context-parallel groups. Where
+            `ForwardArgs.counted` says no, they are 0 and `NOT_PREDICTED`.
+        """
+        for batch, output, ids in self._score(batches, forward_args, predict=True):
+            args = forward_args(batch)
+            nll = self._from_last_stage(output, args, torch.float32)
+            yield batch, nll, self._from_last_stage(ids, args, torch.int64)
+
+    def _score[B](
+        self, batches: Iterable[B], forward_args: Callable[[B], ForwardArgs], *, predict: bool
+    ) -> Iterator[tuple[B, Tensor | None, Tensor | None]]:
+        """Each batch with this rank's output and predictions; None but on the last stage."""
         chunks: Sequence[torch.nn.Module] = self._wrapped or self._half_chunks()
         for chunk in chunks:
             chunk.eval()
-        function = ScoringForwardStep(forward_args, self.state, backend=self.backend)
+        function = ScoringForwardStep(
+            forward_args, self.state, backend=self.backend, predict=predict
+        )
         pp_size = self.state.groups.pp.size()
         # Several at a time keep all pipeline stages busy; their outputs are small.
         group_size = 1 if pp_size == 1 else _SCORED_PER_STAGE * pp_size
@@ -135,8 +165,7 @@ class Engine(TrainingState):
             padded = [*group, *itertools.repeat(group[-1], missing)]
             outputs = self._schedule(function, chunks, padded, forward_only=True)
             for index, batch in enumerate(group):
-                output = outputs[index] if self.state.is_last_stage else None
-                yield batch, self._from_last_stage(output, forward_args(batch))
+                yield batch, *(outputs[index] if self.state.is_last_stage else (None, None))
 
     def _half_chunks(self) -> Sequence[torch.nn.Module]:
         """The chunks as `prepare_training` would wrap them, for an engine that only scores."""
@@ -146,14 +175,16 @@ class Engine(TrainingState):
 
         return [Float16Module(self.model_config, chunk) for chunk in self.chunks]
 
-    def _from_last_stage(self, scored: Tensor | None, args: ForwardArgs) -> Tensor:
+    def _from_last_stage(
+        self, scored: Tensor | None, args: ForwardArgs, dtype: torch.dtype
+    ) -> Tensor:
         """Bring an output ``[B, S / cp]`` from the last stage to all ranks, as ``[B, S]``."""
         if scored is not None:
-            output = scored.float().contiguous()
+            output = scored.to(dtype).contiguous()
         else:
             batch_size, length = args.tokens.shape
             shape = (batch_size, length // self.state.cp_size)
-            output = torch.empty(shape, dtype=torch.float32, device=cpu.device())
+            output = torch.empty(shape, dtype=dtype, device=cpu.device())
         dist.broadcast(output, src=self.state.loss_rank, group=self.state.groups.pp)
         return gather_sequence(output, self.state.groups.cp)
 

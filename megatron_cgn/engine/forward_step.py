@@ -7,6 +7,7 @@ project knows this protocol.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_cgn.batch import map_sequences, to_device
 from megatron_cgn.model.build import Backend
+from megatron_cgn.model.linear_cross_entropy import HeadCall, score_labels
 from megatron_cgn.model.packing import pack_row
 from megatron_cgn.objectives.base import ForwardArgs, Objective, Ratio
 from megatron_cgn.parallel import cpu
@@ -46,8 +48,7 @@ class TrainingForwardStep[B]:
         Returns:
             The chunk's output and what turns it into ``(loss sum, count, report)``.
         """
-        batch = place_batch(next(batches), self._state)
-        args = self._objective.forward_args(batch)
+        batch, args = place_batch(next(batches), self._objective.forward_args, self._state)
         output = call_model(model, args, state=self._state, backend=self._backend)
         return output, partial(self._loss, batch)
 
@@ -66,33 +67,63 @@ class ScoringForwardStep[B]:
         state: ParallelState,
         *,
         backend: Backend,
+        predict: bool = False,
     ) -> None:
-        """Bind the function that says what the model is called with."""
+        """Bind the function that says what the model is called with.
+
+        Args:
+            forward_args: That function.
+            state: This process's place in the layout.
+            backend: The model's layers.
+            predict: Whether to keep the most probable ids too.
+        """
         self._forward_args = forward_args
         self._state = state
         self._backend = backend
+        self._predict = predict
 
     def __call__(
         self, batches: Iterator[B], model: torch.nn.Module
-    ) -> tuple[Tensor, Callable[..., Tensor]]:
-        """Run the model on the next micro-batch; see `TrainingForwardStep`."""
-        batch = place_batch(next(batches), self._state)
-        args = self._forward_args(batch)
-        output = call_model(model, args, state=self._state, backend=self._backend)
-        return output, lambda out, non_loss_data=True: out.detach()
+    ) -> tuple[Tensor, Callable[..., tuple[Tensor, Tensor | None]]]:
+        """Run the model on the next micro-batch; see `TrainingForwardStep`.
+
+        What is kept is the output, and the predicted ids ``[B, S]`` or None.
+        """
+        _, args = place_batch(next(batches), self._forward_args, self._state)
+        head = HeadCall(counted=args.counted, predict=self._predict)
+        output = call_model(model, args, state=self._state, backend=self._backend, head=head)
+        return output, lambda out, non_loss_data=True: (out.detach(), head.predicted)
 
 
-def place_batch[B](batch: B, state: ParallelState) -> B:
+def place_batch[B](
+    batch: B, forward_args: Callable[[B], ForwardArgs], state: ParallelState
+) -> tuple[B, ForwardArgs]:
     """Move a micro-batch to this rank's device and take its context-parallel part.
 
-    A packed row is cut like any other; ``cu_seqlens`` stay those of the whole row.
+    A packed row is cut like any other; ``cu_seqlens`` stay those of the whole row, and ``counted``
+    where the batch was: how many tokens count decides which kernels are launched.
+
+    Args:
+        batch: A micro-batch on any device.
+        forward_args: What the model is called with.
+        state: This process's place in the layout.
+
+    Returns:
+        This rank's part, and what the model is called with for it.
     """
     cut = partial(shard_sequence, cp_rank=state.cp_rank, cp_size=state.cp_size)
-    return map_sequences(to_device(batch, cpu.device()), cut)
+    part = map_sequences(batch, cut)
+    placed = to_device(part, cpu.device())
+    return placed, replace(forward_args(placed), counted=forward_args(part).counted)
 
 
 def call_model(
-    model: torch.nn.Module, args: ForwardArgs, *, state: ParallelState, backend: Backend
+    model: torch.nn.Module,
+    args: ForwardArgs,
+    *,
+    state: ParallelState,
+    backend: Backend,
+    head: HeadCall | None = None,
 ) -> Tensor:
     """Call a Megatron GPT chunk.
 
@@ -101,11 +132,15 @@ def call_model(
         args: This rank's part of the batch.
         state: This process's place in the layout.
         backend: The chunk's layers.
+        head: What is asked of the head beside the losses, and takes its answer.
 
     Returns:
         On the last pipeline stage the per-token negative log-likelihood ``[B, S]`` (or the head's
         output without labels); elsewhere hidden states ``[S, B, H]``.
     """
+    if head is None:
+        overlap = state.config.overlap_grad_reduce
+        head = HeadCall(counted=args.counted, overlap_grad_reduce=overlap)
     packed = None
     if args.cu_seqlens is not None:
         packed = pack_row(
@@ -121,6 +156,8 @@ def call_model(
         attention_mask=None,
         labels=args.labels,
         packed_seq_params=packed,
+        output_processor=None if args.labels is None else score_labels,
+        output_processor_context=head,
     )
     return output
 

@@ -88,12 +88,17 @@ def mask_padded_vocabulary(
     """Make the loss that of the unpadded model, whatever the tensor-parallel size.
 
     Args:
-        output_layer: A Megatron ``ColumnParallelLinear`` that returns ``(logits, bias)``.
+        output_layer: A Megatron ``ColumnParallelLinear`` that returns ``(logits, bias)``. Its
+            ``num_valid`` becomes the number of its rows that are ids, which
+            `linear_cross_entropy` reads.
         vocab_size: Ids of the tokenizer.
         padded_size: Rows of the output matrix over all tensor-parallel ranks.
         tensor_parallel_rank: This rank's place among those that share the rows.
         tensor_parallel_size: Ranks that share the rows.
     """
+    width = padded_size // tensor_parallel_size
+    num_valid = min(max(vocab_size - tensor_parallel_rank * width, 0), width)
+    output_layer.num_valid = num_valid  # type: ignore[assignment]
     if padded_size == vocab_size:
         return
     output_layer.register_forward_hook(

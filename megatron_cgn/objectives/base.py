@@ -36,12 +36,15 @@ class ForwardArgs:
             log-likelihood, float32 ``[B, S]``. None: the output is the head's own.
         cu_seqlens: Starts of packed sequences and the end, int32 ``[N + 1]`` on the CPU, or None;
             see `TokenBatch`.
+        counted: Where a label's loss is asked for, bool ``[B, S]``: elsewhere the output is 0,
+            and the head costs nothing. None: everywhere.
     """
 
     tokens: Tensor
     position_ids: Tensor
     labels: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    counted: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ class NextToken:
         self._source_names = tuple(source_names)
 
     def forward_args(self, batch: TokenBatch) -> ForwardArgs:
-        """Ask the model for the per-token negative log-likelihood.
+        """Ask the model for the per-token negative log-likelihood of what counts.
 
         Args:
             batch: Sequences, ``[B, S]``.
@@ -44,6 +44,7 @@ class NextToken:
             position_ids=batch.position_ids,
             labels=batch.labels,
             cu_seqlens=batch.cu_seqlens,
+            counted=batch.loss_mask > 0,
         )
 
     def loss(self, output: Tensor, batch: TokenBatch) -> LossOutput:

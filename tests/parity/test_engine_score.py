@@ -1,4 +1,7 @@
-"""`Engine.score` against `transformers`, on every kind of layout, and between training steps."""
+"""`Engine.score` against `transformers`, on every kind of layout, and between training steps.
+
+Likewise `Engine.score_with_predictions`, where only some tokens count.
+"""
 
 import dataclasses
 import math
@@ -23,6 +26,8 @@ from megatron_cgn.batch import TokenBatch
 from megatron_cgn.config.schema import ParallelConfig
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.eval.bits_per_byte import score_held_out
+from megatron_cgn.model.linear_cross_entropy import NOT_PREDICTED
+from megatron_cgn.objectives.base import ForwardArgs
 from megatron_cgn.objectives.next_token import NextToken
 from megatron_cgn.parallel.state import shutdown_parallel
 from megatron_cgn.testing import HF_LOGITS_ATOL, run_distributed
@@ -58,14 +63,26 @@ def _odd_batches(state: Any) -> list[TokenBatch]:
     return [*batches, rows(global_batch(27), slice(state.dp_rank, state.dp_rank + 1))]
 
 
+def _all_tokens(batch: TokenBatch) -> ForwardArgs:
+    """Arguments that ask for every token's loss, whether it counts or not."""
+    return dataclasses.replace(NextToken().forward_args(batch), counted=None)
+
+
 def _scores(engine: Engine) -> list[Any]:
-    scored = engine.score(_odd_batches(engine.state), NextToken().forward_args)
+    scored = engine.score(_odd_batches(engine.state), _all_tokens)
     return [nll.numpy() for _, nll in scored]
+
+
+def _predictions(engine: Engine) -> list[Any]:
+    """Losses and predicted ids, of counted tokens only."""
+    scored = engine.score_with_predictions(_odd_batches(engine.state), NextToken().forward_args)
+    return [(nll.numpy(), ids.numpy()) for _, nll, ids in scored]
 
 
 def _run_case(case: Case, path: Path) -> dict[str, Any]:
     engine = build_engine(case, path, prepare=False)
     fresh = _scores(engine)
+    predictions = _predictions(engine)
     held_out = score_held_out(engine, _odd_batches(engine.state), BYTE_LENGTHS)
     engine = build_engine(case, path)
     prepared = _scores(engine)
@@ -80,6 +97,7 @@ def _run_case(case: Case, path: Path) -> dict[str, Any]:
     return {
         "dp_rank": engine.state.dp_rank,
         "fresh": fresh,
+        "predictions": predictions,
         "held_out": dataclasses.asdict(held_out),
         "prepared": prepared,
         "after": after,
@@ -113,17 +131,19 @@ def alone(models: dict[str, Path]) -> dict[str, Any]:
     return _run_cases(cases, models)
 
 
-def _transformers_nll(path: Path, batches: list[TokenBatch]) -> list[Tensor]:
+def _transformers_logits(path: Path, batches: list[TokenBatch]) -> list[Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     with torch.no_grad():
-        return [
-            torch.nn.functional.cross_entropy(
-                model(b.tokens).logits.transpose(1, 2), b.labels, reduction="none"
-            )
-            for b in batches
-        ]
+        return [model(b.tokens).logits for b in batches]
+
+
+def _transformers_nll(path: Path, batches: list[TokenBatch]) -> list[Tensor]:
+    return [
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), b.labels, reduction="none")
+        for logits, b in zip(_transformers_logits(path, batches), batches, strict=True)
+    ]
 
 
 @dataclasses.dataclass
@@ -145,6 +165,24 @@ def test_score_is_the_nll_of_transformers_on_every_rank(
                 torch.testing.assert_close(
                     torch.from_numpy(scored), nll, rtol=0, atol=HF_LOGITS_ATOL
                 )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_predictions_are_the_highest_logits_of_counted_tokens(
+    models: dict[str, Path], ranks: list[dict[str, Any]], alone: dict[str, Any], case: str
+) -> None:
+    for results in (*ranks, alone):
+        result = results[case]
+        batches = _odd_batches(_Rank(result["dp_rank"]))
+        logits = _transformers_logits(models[CASES[case].model], batches)
+        for (nll, ids), every, batch, expected in zip(
+            result["predictions"], result["fresh"], batches, logits, strict=True
+        ):
+            counts = batch.loss_mask > 0
+            highest = torch.where(counts, expected.argmax(-1), NOT_PREDICTED)
+            assert torch.equal(torch.from_numpy(ids), highest)
+            losses = torch.where(counts, torch.from_numpy(every), 0.0)
+            torch.testing.assert_close(torch.from_numpy(nll), losses, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

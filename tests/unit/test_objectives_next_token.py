@@ -23,7 +23,14 @@ def test_model_is_asked_for_the_likelihood_of_the_labels() -> None:
     args = NextToken().forward_args(batch)
     for name in ("tokens", "labels", "position_ids", "cu_seqlens"):
         assert getattr(args, name) is getattr(batch, name)
+    assert args.counted is not None and args.counted.all()
     assert NextToken().unit == "token"
+
+
+def test_model_is_not_asked_for_what_does_not_count() -> None:
+    args = NextToken().forward_args(_batch(torch.tensor([[1.0, 0.0, 0.5]])))
+    assert args.counted is not None
+    assert args.counted.tolist() == [[True, False, True]]
 
 
 def test_loss_is_a_sum_and_a_count_of_what_the_mask_says() -> None:
