@@ -78,7 +78,7 @@ def describe(blend: Blend) -> Iterator[str]:
         too often, and one of sources of which nothing is held out.
     """
     account = account_of(blend)
-    yield "\n".join(_aligned(_rows(blend, account)))
+    yield "\n".join(aligned(_rows(blend, account)))
     for source in account["sources"]:
         yield from _repeated(source)
     unseen = [s["name"] for s in account["sources"] if s["sequences"] and not s["held_out_tokens"]]
@@ -202,7 +202,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     )
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
     """Lines of a table: names to the left, figures to the right."""
     widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
     for first, *figures in rows:

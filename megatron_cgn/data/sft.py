@@ -32,7 +32,7 @@ from megatron_cgn.data.sft_packs import (
     build_packs,
     open_packs,
 )
-from megatron_cgn.data.sft_pools import held_out_of, make_pools, shares_of
+from megatron_cgn.data.sft_pools import epochs_of, held_out_of, make_pools, shares_of
 from megatron_cgn.data.sft_selection import Reading, Selection, counted_labels, select
 from megatron_cgn.data.sft_sources import (
     OpenedFile,
@@ -55,6 +55,8 @@ class SftPlan:
     """The sources, counted."""
     shares: Mapping[str, Fraction] | None
     """Shares of the tokens by source name; None: every conversation equally often."""
+    epochs_of: str | None
+    """The source whose epochs are counted; None: of everything, or none are counted."""
     reading: Reading
     """How conversations are read."""
     packing: bool
@@ -72,7 +74,8 @@ class SftPlan:
     sequences: int
     """Sequences of the run, blank ones not counted."""
     planned: tuple[Tally, ...]
-    """What the run reads of each file of `files`, as often as it reads it."""
+    """What the run reads of each file, as often as it reads it: source by source, those held out
+    whole among them."""
 
     @property
     def total_steps(self) -> int:
@@ -108,7 +111,7 @@ class SftData:
         return self.plan.source_names
 
     def consumed(self, sequences: int) -> tuple[Tally, ...]:
-        """What the first sequences of the run hold of each file, in the order of the sources."""
+        """What the first sequences of the run hold of each file, in the order of `planned`."""
         return self.train.tally(0, min(sequences, self.plan.sequences))
 
 
@@ -303,6 +306,7 @@ def _plan(run: RunConfig, files: list[OpenedFile], cache: Path) -> SftPlan:
     return SftPlan(
         sources=sources,
         shares=shares_of(run),
+        epochs_of=epochs_of(run),
         reading=reading,
         packing=run.data.packing,
         seed=run.seed,

@@ -28,6 +28,12 @@ def shares_of(run: RunConfig) -> dict[str, Fraction] | None:
     return {name: weight / total for name, weight in mix.items()}
 
 
+def epochs_of(run: RunConfig) -> str | None:
+    """The source of a mix whose epochs are counted; None without a mix, or if it has none."""
+    mix = run.data.mix or {}
+    return run.data.epochs_of or (DOMAIN if DOMAIN in mix else None)
+
+
 def make_pools(
     run: RunConfig, files: Sequence[OpenedFile], bases: Sequence[int]
 ) -> tuple[tuple[ConversationPool, ...], float]:
@@ -62,7 +68,7 @@ def make_pools(
     if shares is None:
         shares_now = {name: Fraction(count, total) for name, count in read.items() if count}
         return _put_together(by_source, shares_now, joined=True), float(total)
-    base = run.data.epochs_of or (DOMAIN if DOMAIN in shares else None)
+    base = epochs_of(run)
     if run.data.mix is None:
         epoch = float(total)
     elif base is None:
