@@ -11,7 +11,7 @@ run is. No conversation is cut in two, and none is left out at the end: the last
 with blank sequences.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -115,6 +115,16 @@ class SftData:
         return self.train.tally(0, min(sequences, self.plan.sequences))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beginning:
+    """How a conversation begins."""
+
+    prompt: list[int]
+    """Ids up to where the assistant first writes, the generation prompt included."""
+    answer: list[int]
+    """Ids of the assistant's first turn, its end-of-turn token included."""
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
     """A file as it is read."""
@@ -149,6 +159,15 @@ class Conversations:
         """The id of a conversation's record."""
         file, conversation = self._place(number)
         return file.store.record_id(conversation)
+
+    def beginning(self, number: int) -> Beginning:
+        """What a conversation asks, and how it is answered first."""
+        file, conversation = self._place(number)
+        row = file.store.rows[conversation]
+        begin, end = file.store.turns[int(row["turn"])].tolist()
+        first = int(row["token"])
+        tokens: list[int] = file.store.tokens[first : first + end].tolist()
+        return Beginning(prompt=tokens[:begin], answer=tokens[begin:])
 
     def tally(self, numbers: npt.NDArray[np.integer[Any]]) -> tuple[Tally, ...]:
         """Count conversations file by file, as often as each is given."""
@@ -215,6 +234,11 @@ class ConversationSequences(Dataset[ConversationRow]):
     def tally(self, start: int, stop: int) -> tuple[Tally, ...]:
         """Count what consecutive sequences hold of each file."""
         return self._conversations.tally(self._packs.between(start, stop))
+
+    def beginnings(self) -> Iterator[Beginning]:
+        """What each conversation asks and how it is answered first, in this order."""
+        for sequence in range(len(self._packs)):
+            yield from map(self._conversations.beginning, self._packs[sequence])
 
 
 def plan_sft(
