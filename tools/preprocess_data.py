@@ -20,19 +20,30 @@ and made again with another tokenizer, such as an extended one, without the docu
     python tools/preprocess_data.py retokenize --input data/domain \
         --old-tokenizer models/qwen3-8b --tokenizer models/qwen3-8b-nuclear \
         --output-prefix data/domain-nuclear
+
+Conversations for instruction tuning are tokenised by the training run itself. Here they are checked
+and looked at before: which tokens count, how long they are, and every fault by file and line.
+
+    python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b --show 3
+    python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b \\
+        --seq-length 4096 --validate
 """
 
 import argparse
+import json
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_cgn.data.conversation_report import Counting, show, summary, survey
+from megatron_cgn.data.conversations import Conversation, Fault
 from megatron_cgn.data.describe import Description, describe
 from megatron_cgn.data.indexed import Sidecar, check_index
 from megatron_cgn.data.preprocess import Summary, preprocess
@@ -40,27 +51,34 @@ from megatron_cgn.data.readers import check_inputs
 from megatron_cgn.data.reindex import merge, split
 from megatron_cgn.data.retokenize import retokenize
 from megatron_cgn.errors import UserError
+from tokenizer.chat import ChatTemplate, EncodedChat, bundled_templates
 
 _MOST_SHOWN = 10
 
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    command = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in _COMMANDS else "index"
+    given = sys.argv[1:]
+    if given and given[0] in _COMMANDS:
+        command, given = given[0], given[1:]
+    else:
+        command = "sft" if "--sft" in given else "index"
     parser, run = _COMMANDS[command]
-    arguments = parser().parse_args(sys.argv[1 if command == "index" else 2 :])
+    arguments = parser().parse_args(given)
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(format="preprocess_data: %(message)s")
     logging.getLogger("megatron_cgn").setLevel(logging.INFO)
     try:
-        run(arguments)
+        return run(arguments) or 0
     except UserError as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
         print("preprocess_data: interrupted; nothing was written.", file=sys.stderr)
         return 130
-    return 0
+    except BrokenPipeError:  # of `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _index(arguments: argparse.Namespace) -> None:
@@ -134,6 +152,49 @@ def _info(arguments: argparse.Namespace) -> None:
         arguments.input, tokenizer_dir=arguments.tokenizer, sample=arguments.sample
     )
     _print_description(arguments.input, described)
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    chat = ChatTemplate.open(arguments.tokenizer, template=arguments.chat_template)
+    counting = Counting(
+        train_on_prompt=arguments.train_on_prompt,
+        last_turn_only=arguments.last_turn_only,
+        seq_length=arguments.seq_length,
+    )
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    shown = 0
+
+    with _progress("reading", total=check_inputs(arguments.input), unit="B") as bar:
+
+        def on_fault(fault: Fault) -> None:
+            if arguments.validate:
+                line = json.dumps(asdict(fault), ensure_ascii=False) if arguments.json else fault
+                bar.write(str(line), file=sys.stdout)
+
+        def on_conversation(conversation: Conversation, encoded: EncodedChat) -> None:
+            nonlocal shown
+            if shown < arguments.show:
+                shown += 1
+                text = show(conversation, encoded, chat=chat, counting=counting, colour=colour)
+                bar.write(text, file=sys.stdout)
+
+        found = survey(
+            arguments.input,
+            chat=chat,
+            counting=counting,
+            on_fault=on_fault,
+            on_conversation=on_conversation,
+            report=bar.update,
+        )
+    if arguments.json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        print(f"{', '.join(arguments.input)} (chat template {chat.name})")
+        print("\n".join(summary(found, counting=counting)))
+        if found.faults and not arguments.validate:
+            print("--validate names every faulty record by file and line.")
+    faulty = found.faults.total() + (found.too_long if arguments.validate else 0)
+    return UserError.exit_code if faulty else 0
 
 
 def _index_parser() -> argparse.ArgumentParser:
@@ -215,6 +276,44 @@ def _info_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sft_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "Check conversations for instruction tuning and say what they hold. Records may be alpaca "
+        "(instruction, input,\noutput, system, history), ShareGPT (conversations), OpenAI "
+        "(messages) or prompt and completion.\nExits with 2 if a record is faulty, or listed by "
+        "--validate as too long."
+    )
+    parser.add_argument("--sft", action="store_true", help="conversations, not documents")
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="F", help="what to read"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face directory")
+    parser.add_argument(
+        "--chat-template",
+        metavar="T",
+        help=f"the tokenizer's own if not given; a .jinja file or {', '.join(bundled_templates())}",
+    )
+    parser.add_argument(
+        "--seq-length", type=_positive, metavar="N", help="count, and list, longer ones"
+    )
+    parser.add_argument(
+        "--validate", action="store_true", help="list every faulty record with file, line, reason"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="faults and figures, an object a line")
+    output.add_argument(
+        "--show", type=_positive, default=0, metavar="N", help="conversations to show, marked"
+    )
+    counted = parser.add_mutually_exclusive_group()
+    counted.add_argument(
+        "--train-on-prompt", action="store_true", help="count as chat.train_on_prompt does"
+    )
+    counted.add_argument(
+        "--last-turn-only", action="store_true", help="count as chat.last_turn_only does"
+    )
+    return parser
+
+
 def _parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -226,8 +325,9 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 
 _COMMANDS: dict[
-    str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], None]]
+    str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]
 ] = {
+    "sft": (_sft_parser, _sft),
     "index": (_index_parser, _index),
     "merge": (_merge_parser, _merge),
     "split": (_split_parser, _split),

@@ -1,0 +1,232 @@
+"""What files of conversations hold: counts, lengths, faults by reason, and examples to look at.
+
+For people who prepare data, before a run: ``tools/preprocess_data.py --sft``. What a run does with
+what it reads is its own account.
+"""
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_cgn.data.conversations import (
+    Conversation,
+    Fault,
+    encode_conversations,
+    read_conversations,
+)
+from tokenizer.chat import ChatTemplate, EncodedChat
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
+"""Of the lengths, as they are shown; the last is the longest."""
+_DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,]*")
+_COUNTED, _NORMAL = "\x1b[1;32m", "\x1b[0m"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counting:
+    """Which tokens count, and how many may be read: the settings of ``chat`` and ``data``."""
+
+    train_on_prompt: bool = False
+    """Whether every token counts."""
+    last_turn_only: bool = False
+    """Whether of the assistant's turns only the last counts."""
+    seq_length: int | None = None
+    """Longest conversation. None: none is too long."""
+
+    def spans(self, encoded: EncodedChat) -> tuple[tuple[int, int], ...]:
+        """Ranges of the tokens that count; the first token of all is nobody's prediction."""
+        if self.train_on_prompt:
+            return ((1, len(encoded.ids)),)
+        return encoded.turns[-1:] if self.last_turn_only else encoded.turns
+
+    def places(self, encoded: EncodedChat) -> int:
+        """What the conversation takes of ``data.seq_length``.
+
+        One less than its tokens up to the last that counts: that one is predicted, not read.
+        """
+        return self.spans(encoded)[-1][1] - 1
+
+
+@dataclass(slots=True, kw_only=True)
+class Survey:
+    """What was found in files of conversations; faulty records count as faults and no more."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Conversations by kind of record."""
+    turns: int = 0
+    """The assistant's."""
+    tokens: int = 0
+    """Of all conversations."""
+    counted: int = 0
+    """Tokens that count."""
+    unanswered: int = 0
+    """Conversations that go on after the assistant's last turn: what follows trains nothing."""
+    too_long: int = 0
+    """Conversations longer than ``seq_length``."""
+    faults: Counter[str] = field(default_factory=Counter)
+    """Faults by reason, without what differs from record to record."""
+    lengths: "array[int]" = field(default_factory=lambda: array("q"))
+    """What each conversation takes of ``seq_length``."""
+
+    @property
+    def conversations(self) -> int:
+        """Number of conversations without faults."""
+        return len(self.lengths)
+
+    def quantiles(self) -> dict[str, int]:
+        """Lengths by quantile (`QUANTILES`), such as ``{"0.5": 212, …}``; empty without any."""
+        if not self.lengths:
+            return {}
+        values = np.quantile(np.asarray(self.lengths), QUANTILES, method="higher").tolist()
+        return {
+            str(quantile): int(value) for quantile, value in zip(QUANTILES, values, strict=True)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as an object of JSON, with the lengths as quantiles."""
+        return {
+            "conversations": self.conversations,
+            "kinds": dict(self.kinds),
+            "turns": self.turns,
+            "tokens": self.tokens,
+            "counted_tokens": self.counted,
+            "unanswered": self.unanswered,
+            "too_long": self.too_long,
+            "length_quantiles": self.quantiles(),
+            "faults": self.faults.total(),
+            "faults_by_reason": dict(self.faults.most_common()),
+        }
+
+
+def survey(
+    paths: Sequence[str | Path],
+    *,
+    chat: ChatTemplate,
+    counting: Counting,
+    on_fault: Callable[[Fault], object],
+    on_conversation: Callable[[Conversation, EncodedChat], object],
+    report: Callable[[int], object],
+) -> Survey:
+    """Read files of conversations to their end and count what is in them.
+
+    Args:
+        paths: The files.
+        chat: The chat template.
+        counting: Which tokens count.
+        on_fault: Called with each record that cannot be used, and with each conversation that is
+            too long, in order.
+        on_conversation: Called with each conversation without faults, in order.
+        report: Called with how many more bytes are read.
+
+    Returns:
+        What was found.
+
+    Raises:
+        DataError: If a file is missing or damaged.
+    """
+    found = Survey()
+    for path in paths:
+        records = read_conversations(path, report=report)
+        for item in encode_conversations(records, chat=chat):
+            if isinstance(item, Fault):
+                found.faults[_DETAIL.sub("…", item.reason)] += 1
+                on_fault(item)
+                continue
+            _count(found, *item, counting=counting)
+            on_conversation(*item)
+            length = found.lengths[-1]
+            if counting.seq_length is not None and length > counting.seq_length:
+                found.too_long += 1
+                on_fault(_too_long(item[0], length, counting.seq_length))
+    return found
+
+
+def _count(
+    found: Survey, conversation: Conversation, encoded: EncodedChat, *, counting: Counting
+) -> None:
+    found.kinds[conversation.kind] += 1
+    found.turns += len(encoded.turns)
+    found.tokens += len(encoded.ids)
+    found.counted += sum(end - start for start, end in counting.spans(encoded))
+    found.unanswered += conversation.messages[-1].role != "assistant"
+    found.lengths.append(counting.places(encoded))
+
+
+def _too_long(conversation: Conversation, length: int, limit: int) -> Fault:
+    reason = f"takes {length:,} tokens, more than the sequence length of {limit:,}"
+    return Fault(conversation.path, conversation.line, reason)
+
+
+def show(
+    conversation: Conversation,
+    encoded: EncodedChat,
+    *,
+    chat: ChatTemplate,
+    counting: Counting,
+    colour: bool,
+) -> str:
+    """Write a conversation as the model reads it, with what counts marked.
+
+    Args:
+        conversation: The conversation.
+        encoded: Its tokens.
+        chat: The chat template.
+        counting: Which tokens count.
+        colour: Whether to mark by the escape codes of terminals; else by brackets, ``⟦…⟧``, which
+            outlive a pipe and a screenshot of a log.
+
+    Returns:
+        Lines: where it is from and how long, then the text. ``↵`` stands at every line's end.
+    """
+    opening, closing = (_COUNTED, _NORMAL) if colour else ("⟦", "⟧")
+    pieces, done = [], 0
+    spans = counting.spans(encoded)
+    for start, end in spans:
+        pieces.append(_text(encoded.ids[done:start], chat))
+        marked = _text(encoded.ids[start:end], chat)
+        pieces.append(f"{opening}{marked}{closing}")
+        done = end
+    pieces.append(_text(encoded.ids[done:], chat))
+    counted = sum(end - start for start, end in spans)
+    head = (
+        f"--- {conversation.id} ({conversation.kind}, {conversation.path}:{conversation.line}): "
+        f"{len(encoded.ids):,} tokens, {counted:,} of them count"
+    )
+    return f"{head}\n{''.join(pieces)}"
+
+
+def _text(ids: Sequence[int], chat: ChatTemplate) -> str:
+    text = chat.decode(ids, skip_special_tokens=False) if ids else ""
+    # Data may hold escape codes: they must not act on the reader's terminal.
+    text = text.replace("\x1b", "␛").replace("\r", "␍")
+    return text.replace("\n", "↵\n")
+
+
+def summary(found: Survey, *, counting: Counting) -> list[str]:
+    """Write what was found as lines of text."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.most_common())
+    share = f"{100 * found.counted / found.tokens:.1f} %" if found.tokens else "none"
+    lines = [
+        f"  conversations    {found.conversations:>15,} ({kinds or 'none'})",
+        f"  answers          {found.turns:>15,}",
+        f"  tokens           {found.tokens:>15,}",
+        f"  tokens counted   {found.counted:>15,} ({share})",
+    ]
+    names = ("median length", "90 % at most", "95 % at most", "99 % at most", "longest")
+    lines += [
+        f"  {name:<16} {length:>15,} tokens"
+        for name, length in zip(names, found.quantiles().values(), strict=False)
+    ]
+    if found.unanswered:
+        lines.append(f"  end unanswered   {found.unanswered:>15,} (what follows trains nothing)")
+    if counting.seq_length is not None:
+        lines.append(f"  too long         {found.too_long:>15,} (over {counting.seq_length:,})")
+    lines.append(f"  faulty records   {found.faults.total():>15,}")
+    lines += [f"    {count:>14,}  {reason}" for reason, count in found.faults.most_common()]
+    return lines
