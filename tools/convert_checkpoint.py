@@ -1,7 +1,9 @@
-"""Convert between Hugging Face directories and Megatron checkpoints, without a GPU.
+"""Convert between Hugging Face directories, adapters and checkpoints, without a GPU.
 
 python tools/convert_checkpoint.py to-megatron --input models/llama-3.1-8b --output ckpt/llama
 python tools/convert_checkpoint.py to-hf --input runs/cpt/checkpoints/step_0000100 --output out
+python tools/convert_checkpoint.py to-hf --input runs/sft/checkpoints/latest --output out --merge
+python tools/convert_checkpoint.py merge-adapter --model DIR --adapter DIR --output out
 """
 
 import argparse
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_cgn.errors import UserError
-from megatron_cgn.hf import to_hf, to_megatron
+from megatron_cgn.hf import adapter_to_hf, merge, to_hf, to_megatron
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,13 +39,20 @@ def main() -> int:
     args = _parse()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    source, target = Path(args.input), Path(args.output)
+    target = Path(args.output)
+    is_merge = args.direction == "merge-adapter"
+    sources = [Path(args.model), Path(args.adapter)] if is_merge else [Path(args.input)]
     try:
-        _check_target(source, target, overwrite=args.overwrite)
-        if args.direction == "to-megatron":
-            _to_megatron(source, target, args.make_vocab_size_divisible_by)
+        for source in sources:
+            _check_target(source, target, overwrite=args.overwrite)
+        if is_merge:
+            _merge(sources[0], sources[1], target, args)
+        elif args.direction == "to-megatron":
+            _to_megatron(sources[0], target, args.make_vocab_size_divisible_by)
+        elif adapter_to_hf.holds_adapters(sources[0]):
+            _adapters_to_hf(sources[0], target, args)
         else:
-            _to_hf(source, target, _DTYPES.get(args.dtype), int(args.max_shard_gb * 10**9))
+            _to_hf(sources[0], target, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -69,7 +78,7 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
         UserError: Naming the target.
     """
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{target}: would replace the --input; give another --output")
+        raise UserError(f"{target}: would replace {source}, which is read; give another --output")
     if not target.exists():
         return
     if not target.is_dir():
@@ -77,7 +86,8 @@ def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{target}: exists already; give another --output, or --overwrite")
     is_checkpoint = (target / "checkpoint.json").exists()
-    is_model = (target / "config.json").exists() and any(target.glob("*.safetensors"))
+    is_model = any((target / name).exists() for name in ("config.json", "adapter_config.json"))
+    is_model = is_model and any(target.glob("*.safetensors"))
     if not is_checkpoint and not is_model and any(target.iterdir()):
         raise UserError(
             f"{target}: is neither a checkpoint nor a Hugging Face model, and is not empty; "
@@ -93,11 +103,39 @@ def _to_megatron(source: Path, target: Path, divisible_by: int) -> None:
         )
 
 
-def _to_hf(source: Path, target: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+def _to_hf(source: Path, target: Path, args: argparse.Namespace) -> None:
+    if args.merge or args.base:
+        raise UserError(
+            f"{source}: holds all weights and no adapters; leave out --merge and --base"
+        )
+    dtype = _DTYPES.get(args.dtype)
     with _bar(to_hf.converted_bytes(source, dtype=dtype)) as bar:
         to_hf.convert_to_hf(
-            source, target, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=bar
+            source, target, dtype=dtype, max_shard_bytes=_shard_bytes(args), progress=bar
         )
+
+
+def _adapters_to_hf(source: Path, target: Path, args: argparse.Namespace) -> None:
+    fields = {"base": args.base, "dtype": _DTYPES.get(args.dtype)}
+    with _bar(adapter_to_hf.adapter_bytes(source, merge=args.merge, **fields)) as bar:
+        if args.merge:
+            adapter_to_hf.merge_checkpoint(
+                source, target, max_shard_bytes=_shard_bytes(args), progress=bar, **fields
+            )
+        else:
+            adapter_to_hf.convert_adapter(source, target, progress=bar, **fields)
+
+
+def _merge(model: Path, adapter: Path, target: Path, args: argparse.Namespace) -> None:
+    dtype = _DTYPES.get(args.dtype)
+    with _bar(merge.merged_bytes(model, dtype=dtype)) as bar:
+        merge.merge_adapter(
+            model, adapter, target, dtype=dtype, max_shard_bytes=_shard_bytes(args), progress=bar
+        )
+
+
+def _shard_bytes(args: argparse.Namespace) -> int:
+    return int(args.max_shard_gb * 10**9)
 
 
 @contextlib.contextmanager
@@ -121,17 +159,18 @@ def _parse() -> argparse.Namespace:
         epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--input", required=True, metavar="DIR", help="what to convert")
-    common.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    common.add_argument(
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    output.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an --output that is a checkpoint or a Hugging Face model",
+        help="replace an --output that is a checkpoint, a Hugging Face model or an adapter",
     )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--input", required=True, metavar="DIR", help="what to convert")
     directions = parser.add_subparsers(dest="direction", required=True)
     to_checkpoint = directions.add_parser(
-        "to-megatron", parents=[common], help="Hugging Face directory to checkpoint"
+        "to-megatron", parents=[common, output], help="Hugging Face directory to checkpoint"
     )
     to_checkpoint.add_argument(
         "--make-vocab-size-divisible-by",
@@ -141,22 +180,45 @@ def _parse() -> argparse.Namespace:
         help="pad the stored embedding to a multiple of N rows (default 128)",
     )
     to_model = directions.add_parser(
-        "to-hf", parents=[common], help="checkpoint to Hugging Face directory"
+        "to-hf",
+        parents=[common, output, _weights_options()],
+        help="checkpoint to Hugging Face directory; a checkpoint of adapters to one of peft",
     )
     to_model.add_argument(
+        "--merge", action="store_true", help="add a checkpoint's adapters to their base model"
+    )
+    to_model.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the model that a checkpoint's adapters belong to (default: as it says itself)",
+    )
+    merged = directions.add_parser(
+        "merge-adapter",
+        parents=[output, _weights_options()],
+        help="Hugging Face directory and adapter directory of peft to one Hugging Face directory",
+    )
+    merged.add_argument("--model", required=True, metavar="DIR", help="the base model")
+    merged.add_argument("--adapter", required=True, metavar="DIR", help="the adapter")
+    return parser.parse_args()
+
+
+def _weights_options() -> argparse.ArgumentParser:
+    """Options of what writes weights in Hugging Face's format."""
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument(
         "--dtype",
         choices=["auto", *_DTYPES],
         default="auto",
         help="type of the weights (default: as stored)",
     )
-    to_model.add_argument(
+    options.add_argument(
         "--max-shard-gb",
         type=_positive_float,
         default=5.0,
         metavar="GB",
         help="largest safetensors file (default 5)",
     )
-    return parser.parse_args()
+    return options
 
 
 def _positive_int(text: str) -> int:

@@ -11,9 +11,7 @@ Adding adapters to the weights themselves is `export.py`'s on a built model, and
 files.
 """
 
-import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,11 +22,10 @@ from torch import Tensor, nn
 
 from megatron_cgn.config.schema import LoraConfig
 from megatron_cgn.errors import ModelError
-from megatron_cgn.hf.adapter_card import adapter_card
-from megatron_cgn.hf.adapter_config import CONFIG_FILE, WEIGHTS_FILE, config_json
 from megatron_cgn.hf.adapter_file import AdapterFile
 from megatron_cgn.hf.adapter_file import read_adapter_config as read_adapter_config
-from megatron_cgn.hf.adapter_names import adapter_shapes, adapter_table
+from megatron_cgn.hf.adapter_files import plan_adapter, write_adapter_files
+from megatron_cgn.hf.adapter_names import adapter_table
 from megatron_cgn.hf.export import (
     ExportDtype,
     exported_parameters,
@@ -36,10 +33,10 @@ from megatron_cgn.hf.export import (
     resolve_dtype,
 )
 from megatron_cgn.hf.families import Parameter
-from megatron_cgn.hf.files import copy_side_files, write_json
+from megatron_cgn.hf.files import copy_side_files
 from megatron_cgn.hf.gather import Share, once_for_replicas, write_directory
 from megatron_cgn.hf.load import fill_parameter, model_parameters
-from megatron_cgn.hf.safetensors_io import ShardPlan, TensorTypes, plan_shards
+from megatron_cgn.hf.safetensors_io import ShardPlan, TensorTypes
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import adapter_parameters
 from megatron_cgn.parallel.reduce import first_problem
@@ -139,51 +136,6 @@ def load_adapter(
     weights += [(p.key, w) for p, w in model_parameters(chunks, architecture) if p.key in table]
     for key, weight in weights:
         fill_parameter(weight, table[key], adapter.tensors, tp_rank=tp_rank, tp_size=tp_size)
-
-
-def plan_adapter(
-    stages: Sequence[TensorTypes], *, architecture: Architecture, lora: LoraConfig
-) -> list[ShardPlan]:
-    """Lay an adapter's tensors out in its one file, in the order of the model.
-
-    Args:
-        stages: Types and shapes, in one mapping per writer.
-        architecture: The base model.
-        lora: The adapters.
-
-    Returns:
-        The file.
-    """
-    merged = {name: entry for stage in stages for name, entry in stage.items()}
-    ordered = {name: merged[name] for name in adapter_shapes(architecture, lora)}
-    assert len(ordered) == len(merged)
-    (plan,) = plan_shards([ordered], max_shard_bytes=sys.maxsize)
-    return [dataclasses.replace(plan, file_name=WEIGHTS_FILE)]
-
-
-def write_adapter_files(
-    directory: Path,
-    architecture: Architecture,
-    lora: LoraConfig,
-    *,
-    base: str,
-    types: TensorTypes,
-) -> None:
-    """Write what is beside the tensors: ``adapter_config.json`` and ``README.md``.
-
-    Args:
-        directory: Where to.
-        architecture: The base model.
-        lora: The adapters.
-        base: What users shall load the adapter onto.
-        types: Types and shapes of the tensors.
-    """
-    if lora.modules_to_save and architecture.tie_word_embeddings:
-        lora = dataclasses.replace(lora, modules_to_save=("embed_tokens",))
-    ties_weights = bool(lora.modules_to_save) and architecture.tie_word_embeddings
-    write_json(directory / CONFIG_FILE, config_json(lora, base=base, ties_weights=ties_weights))
-    card = adapter_card(lora, base=base, types=types)
-    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def _shares(

@@ -6,6 +6,7 @@ Optimizer state and everything else that the table does not name is left alone.
 """
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megatron_cgn.hf.checkpoint_layout import (
     CHECKPOINT_FILE,
     DIST_DIRECTORY,
     HF_DIRECTORY,
+    CheckpointInfo,
     read_info,
 )
 from megatron_cgn.hf.config import read_architecture, read_config_json
@@ -33,6 +35,7 @@ from megatron_cgn.hf.files import (
 from megatron_cgn.hf.safetensors_io import (
     ShardPlan,
     ShardWriter,
+    TensorTypes,
     forget_file,
     plan_shards,
     row_blocks,
@@ -66,15 +69,11 @@ def convert_to_hf(
     """
     target, source = directory_to_write(Path(out_dir), error=ModelError), Path(checkpoint_dir)
     architecture, reader = _open(source)
-    tensors = {
-        name: (dtype or reader.tensors[parameter.key].properties.dtype, shape)
-        for parameter in parameter_table(architecture)
-        for name, shape in parameter.hf_shapes().items()
-    }
+    tensor_source = TensorSource(reader, parameter_table(architecture))
+    tensors = tensor_source.types(dtype)
     plans = plan_shards([tensors], max_shard_bytes=max_shard_bytes)
     check_free_space(target, sum(plan.num_bytes for plan in plans), error=ModelError)
     hf = source / HF_DIRECTORY
-    tensor_source = _TensorSource(reader, architecture)
     with new_directory(target, error=ModelError) as work:
         write_side_files(
             work, hf, read_config_json(hf), architecture, stages=[tensors], plans=plans
@@ -92,24 +91,59 @@ def convert_to_hf(
 def converted_bytes(checkpoint_dir: str | Path, *, dtype: torch.dtype | None = None) -> int:
     """Bytes of tensors that a conversion of a checkpoint would tell its progress of."""
     architecture, reader = _open(Path(checkpoint_dir))
-    total = 0
-    for parameter in parameter_table(architecture):
-        itemsize = (dtype or reader.tensors[parameter.key].properties.dtype).itemsize
-        total += parameter.num_rows * (parameter.columns or 1) * itemsize
-    return total
+    source = TensorSource(reader, parameter_table(architecture))
+    return types_bytes(source.types(dtype))
+
+
+def types_bytes(types: TensorTypes) -> int:
+    """Bytes of some tensors."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in types.values())
 
 
 def _open(checkpoint: Path) -> tuple[Architecture, DistReader]:
     """Check that a checkpoint holds what its own configuration says."""
+    info = read_checkpoint(checkpoint)
+    if info.adapter is not None:
+        raise CheckpointError(
+            f"{checkpoint}: holds adapters only, of the model {info.adapter.get('base')!r}; it "
+            "becomes an adapter directory, or a model with --merge"
+        )
+    architecture = read_architecture(checkpoint / HF_DIRECTORY)
+    return architecture, open_tensors(checkpoint, architecture, parameter_table(architecture))
+
+
+def read_checkpoint(checkpoint: Path) -> CheckpointInfo:
+    """Read ``checkpoint.json``.
+
+    Raises:
+        CheckpointError: If the directory is no checkpoint, or a damaged one.
+    """
     if not (checkpoint / CHECKPOINT_FILE).exists():
         raise CheckpointError(
             f"{checkpoint}: holds no {CHECKPOINT_FILE}; give a checkpoint directory, e.g. "
             "runs/…/checkpoints/step_0000100"
         )
-    read_info(checkpoint)
-    architecture = read_architecture(checkpoint / HF_DIRECTORY)
+    return read_info(checkpoint)
+
+
+def open_tensors(
+    checkpoint: Path, architecture: Architecture, parameters: Sequence[Parameter]
+) -> DistReader:
+    """Open a checkpoint's tensors and hold them against a table.
+
+    Args:
+        checkpoint: The directory.
+        architecture: The model.
+        parameters: What shall be in the checkpoint.
+
+    Returns:
+        The opened tensors.
+
+    Raises:
+        CheckpointError: Naming a tensor that is missing or has another shape, or a file that is
+            cut short.
+    """
     reader = DistReader(checkpoint / DIST_DIRECTORY)
-    parameters = parameter_table(architecture)
     for parameter in parameters:
         if parameter.key not in reader.tensors:
             raise CheckpointError(
@@ -126,7 +160,7 @@ def _open(checkpoint: Path) -> tuple[Architecture, DistReader]:
                 f"says {expected if not parameter.vocabulary else architecture.vocab_size}"
             )
     reader.check_files([parameter.key for parameter in parameters])
-    return architecture, reader
+    return reader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,15 +192,17 @@ class _Box:
         return result
 
 
-class _TensorSource:
-    """Puts Hugging Face tensors together from a checkpoint's chunks."""
+class TensorSource:
+    """Puts tensors of a safetensors file together from a checkpoint's chunks."""
 
-    def __init__(self, reader: DistReader, architecture: Architecture) -> None:
+    def __init__(self, reader: DistReader, parameters: Sequence[Parameter]) -> None:
+        """Find the chunks of all tensors that a table's entries are made of."""
         self._stored = reader.tensors
+        self._parameters = parameters
         self._pieces: dict[str, list[tuple[Parameter, Piece]]] = defaultdict(list)
         self._boxes: dict[tuple[str, int | None], list[_Box]] = defaultdict(list)
         stacked = {}
-        for parameter in parameter_table(architecture):
+        for parameter in parameters:
             stacked[parameter.key] = parameter.layer is not None
             padded = reader.tensors[parameter.key].size[0]
             for piece in parameter.pieces(padded_vocab_size=padded):
@@ -175,6 +211,14 @@ class _TensorSource:
             for chunk in reader.chunks(key):
                 for layer, box in _boxes(chunk, is_stacked=is_stacked):
                     self._boxes[key, layer].append(box)
+
+    def types(self, dtype: torch.dtype | None) -> TensorTypes:
+        """Types and shapes of the tensors, in order; all of one type unless it is None."""
+        return {
+            name: (dtype or self._stored[parameter.key].properties.dtype, shape)
+            for parameter in self._parameters
+            for name, shape in parameter.hf_shapes().items()
+        }
 
     def write_file(
         self, directory: Path, plan: ShardPlan, *, dtype: torch.dtype | None, progress: Progress
