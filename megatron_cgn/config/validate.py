@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from megatron_cgn.config.data_rules import data_faults, epoch_faults
+from megatron_cgn.config.lora_rules import lora_faults, lora_model_faults
 from megatron_cgn.config.optim_rules import param_group_faults, param_group_step_faults
-from megatron_cgn.config.schema import ExportConfig, OptimConfig, RunConfig
+from megatron_cgn.config.schema import ExportConfig, LoraConfig, OptimConfig, RunConfig
 from megatron_cgn.config.sft_rules import conversation_faults, conversation_model_faults
 from megatron_cgn.errors import ConfigError
 
@@ -25,7 +26,13 @@ class ArchitectureLike(Protocol):
     @property
     def num_key_value_heads(self) -> int: ...  # noqa: D102
     @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
     def ffn_hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def tie_word_embeddings(self) -> bool: ...  # noqa: D102
     @property
     def max_position_embeddings(self) -> int: ...  # noqa: D102
 
@@ -50,6 +57,7 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *data_faults(run.data),
         *epoch_faults(run.data, run.train),
         *conversation_faults(run),
+        *lora_faults(run),
         *_optim(run),
         *param_group_faults(run.optim),
         *_checkpoint(run),
@@ -82,7 +90,12 @@ def validate_architecture(run: RunConfig, architecture: ArchitectureLike) -> Non
         ConfigError: Naming all faults.
     """
     longest = architecture.max_position_embeddings
-    _raise([*_cuts(run, architecture), *conversation_model_faults(run, max_positions=longest)])
+    faults = [
+        *_cuts(run, architecture),
+        *conversation_model_faults(run, max_positions=longest),
+        *lora_model_faults(run, architecture),
+    ]
+    _raise(faults)
 
 
 def _raise(faults: list[str]) -> None:
@@ -311,6 +324,8 @@ def _checkpoint(run: RunConfig) -> Iterator[str]:
 def _export(run: RunConfig) -> Iterator[str]:
     if not run.export.enabled and run.export.dtype != ExportConfig().dtype:
         yield f"export.dtype: {run.export.dtype} has no effect with export.enabled=false."
+    if not run.export.enabled and run.lora.export != LoraConfig().export:
+        yield f"lora.export: {run.lora.export} has no effect with export.enabled=false."
 
 
 def _cuts(run: RunConfig, a: ArchitectureLike) -> Iterator[str]:

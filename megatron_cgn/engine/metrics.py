@@ -241,7 +241,7 @@ def before_after_samples(records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _shortened(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.split()) or "(nothing)"
     return line if len(line) <= _SHOWN_CHARACTERS else line[:_SHOWN_CHARACTERS] + " …"
 
 

@@ -22,4 +22,8 @@ def find_stage(name: str | None) -> Callable[[RunConfig], None]:
         from megatron_cgn.stages import cpt
 
         return cpt.run
-    raise ConfigError(f"stage: {name or 'not chosen'}; start with +stage=cpt.")
+    if name == "sft":
+        from megatron_cgn.stages import sft
+
+        return sft.run
+    raise ConfigError(f"stage: {name or 'not chosen'}; start with +stage=cpt or +stage=sft.")

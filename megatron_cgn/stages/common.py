@@ -1,9 +1,11 @@
 """Wiring that every stage shares: the model to start from, the files of a run, its end."""
 
 import logging
+import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,23 +16,34 @@ import torch.distributed as dist
 from megatron_cgn.config.load import dump_config
 from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.config.validate import validate_architecture
+from megatron_cgn.engine.adapter_checkpoint import check_is_whole
 from megatron_cgn.engine.callbacks import Callback
 from megatron_cgn.engine.checkpoint import is_checkpoint, read_info
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.group_selection import configured_groups
-from megatron_cgn.engine.metrics import Monitor, before_after_table, read_records
+from megatron_cgn.engine.metrics import (
+    SAMPLES_FILE,
+    Monitor,
+    before_after_samples,
+    before_after_table,
+    read_records,
+)
 from megatron_cgn.errors import CheckpointError, ConfigError, ModelError
+from megatron_cgn.hf.adapter import export_adapter, load_adapter
+from megatron_cgn.hf.adapter_file import AdapterFile
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.export import export_weights
 from megatron_cgn.hf.load import load_weights
 from megatron_cgn.hf.weights import open_weights
 from megatron_cgn.model.architecture import Architecture
-from megatron_cgn.model.build import resolve_backend
+from megatron_cgn.model.lora import adapter_entries
+from megatron_cgn.model.size import parameter_count
 from megatron_cgn.parallel.reduce import first_problem
 from tokenizer.wrapper import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_PROGRESS_SECONDS = 5.0
 _HF_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -79,8 +92,8 @@ def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer
         tokenizer: Its tokenizer.
 
     Raises:
-        UserError: If weights are missing or cut short, the vocabulary does not fit, or an output
-            directory cannot be one.
+        UserError: If weights are missing or cut short, the vocabulary or the adapter to start
+            from does not fit, or an output directory cannot be one.
     """
     for name, path in (
         ("output_dir", Path(run.output_dir)),
@@ -96,6 +109,12 @@ def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer
             "the model's vocabulary, or restore the model's own tokenizer."
         )
     start = start_path(run)
+    if is_checkpoint(start):
+        check_is_whole(start, read_info(start))
+    if run.lora.adapter_path is not None:
+        adapter = AdapterFile(run.lora.adapter_path)
+        adapter.check(architecture)
+        adapter.check_settings(run.lora, architecture)
     if run.model.init == "from_hf":
         has_optimizer = is_checkpoint(start) and read_info(start).has_optimizer
         if run.checkpoint.load_optimizer and not has_optimizer:
@@ -109,18 +128,23 @@ def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer
 
 
 def load_start(engine: Engine) -> None:
-    """Give the model its first weights: from ``model.hf_path``, unless they are random."""
-    if engine.run.model.init == "random":
-        return
-    start = start_path(engine.run)
-    if is_checkpoint(start):
+    """Give the model its first weights: from ``model.hf_path``, unless they are random.
+
+    Adapters start from ``lora.adapter_path``, or change nothing yet.
+    """
+    run, architecture, groups = engine.run, engine.architecture, engine.state.groups
+    start = start_path(run)
+    if run.model.init == "from_hf" and is_checkpoint(start):
         engine.load_model(start)
-    else:
-        load_weights(
+    elif run.model.init == "from_hf":
+        load_weights(engine.chunks, start, architecture=architecture, groups=groups)
+    if run.lora.adapter_path is not None:
+        load_adapter(
             engine.chunks,
-            start,
-            architecture=engine.architecture,
-            groups=engine.state.groups,
+            run.lora.adapter_path,
+            architecture=architecture,
+            lora=run.lora,
+            groups=groups,
         )
 
 
@@ -218,10 +242,28 @@ def describe_engine(engine: Engine) -> str:
     p, state = engine.run.parallel, engine.state
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return (
-        f"{engine.run.precision} on {where}, {resolve_backend(engine.run.model.backend)} layers; "
+        f"{engine.run.precision} on {where}, {engine.backend} layers; "
         f"{state.world_size} process(es): tensor {p.tensor_model_parallel_size} × pipeline "
         f"{p.pipeline_model_parallel_size} × context {p.context_parallel_size} × data "
         f"{state.dp_size}; {engine.total_steps} steps"
+    )
+
+
+def describe_trained(engine: Engine) -> Iterator[str]:
+    """Say how much of the model is trained beside frozen weights, and where it starts."""
+    lora = engine.run.lora
+    if lora.rank is None:
+        return
+    total = parameter_count(engine.architecture).total
+    entries = adapter_entries(engine.architecture, lora)
+    adapters = sum(math.prod(entry.shape) for entry in entries)
+    matrix = engine.architecture.vocab_size * engine.architecture.hidden_size
+    whole = matrix * len(lora.modules_to_save)
+    yield (
+        f"adapters of rank {lora.rank} on {', '.join(lora.targets)}: {adapters:,} parameters, "
+        f"{adapters / total:.2%} of the model's {total:,}"
+        + (f"; {', '.join(lora.modules_to_save)} trained whole: {whole:,}" if whole else "")
+        + (f"; they start from {lora.adapter_path}" if lora.adapter_path else "")
     )
 
 
@@ -232,35 +274,80 @@ def describe_groups(engine: Engine) -> Iterator[str]:
         yield from engine.grouping.describe(lr=optim.lr, weight_decay=optim.weight_decay)
 
 
-def show_outcome(run: RunConfig, exported: Path | None) -> None:
-    """Say on rank 0 what the run achieved and where it is."""
+class Progress:
+    """Tells on standard error how far a long reading of files is, from time to time."""
+
+    def __init__(self, what: str) -> None:
+        """Say what is done, e.g. ``encoding``."""
+        self._what = what
+        self._told = time.monotonic()
+
+    def __call__(self, path: str, done: int, total: int) -> None:
+        """Take note of the bytes of a file that are done."""
+        now = time.monotonic()
+        if now - self._told >= _PROGRESS_SECONDS:
+            self._told = now
+            sys.stderr.write(f"{self._what} {path}: {done / max(1, total):.0%}\n")
+
+
+def show_outcome(run: RunConfig, exported: Mapping[str, Path]) -> None:
+    """Say on rank 0 what the run achieved and where it is.
+
+    Args:
+        run: The configuration.
+        exported: From `export`.
+    """
     if dist.get_rank() != 0:
         return
-    table = before_after_table(read_records(Path(run.output_dir) / "metrics.jsonl"))
-    where = [f"checkpoint  {checkpoint_dir(run) / 'latest'}"]
-    where += [f"export      {exported}"] if exported else []
-    sys.stderr.write("\n" + "\n".join([table, *where]) + "\n")
+    output_dir = Path(run.output_dir)
+    parts = [before_after_table(read_records(output_dir / "metrics.jsonl"))]
+    samples = output_dir / SAMPLES_FILE
+    if samples.is_file():
+        parts += before_after_samples(read_records(samples))
+    places = {"checkpoint": checkpoint_dir(run) / "latest", **exported}
+    parts.append("\n".join(f"{name:<12}{path}" for name, path in places.items()))
+    sys.stderr.write("\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
-def export(engine: Engine) -> Path | None:
-    """Write ``output_dir/export``, if asked for. Collective over all ranks.
+def export(
+    engine: Engine, *, write_beside: Callable[[Path], None] = lambda _: None
+) -> dict[str, Path]:
+    """Write ``output_dir/export`` and ``output_dir/adapter``, as asked for. Collective.
 
     Args:
         engine: The trained model.
+        write_beside: Adds to, or replaces, the files beside the weights.
 
     Returns:
-        The Hugging Face directory, or None.
+        What was written, by the name of its directory.
     """
     run = engine.run
     if not run.export.enabled:
-        return None
-    target = Path(run.output_dir) / "export"
-    export_weights(
-        engine.chunks,
-        target,
-        architecture=engine.architecture,
-        source_dir=model_path(run),
-        groups=engine.state.groups,
-        dtype=run.export.dtype,
-    )
-    return target
+        return {}
+    output_dir, groups = Path(run.output_dir), engine.state.groups
+    written: dict[str, Path] = {}
+    if not engine.has_adapters or run.lora.export != "adapter":
+        written["export"] = output_dir / "export"
+        export_weights(
+            engine.chunks,
+            written["export"],
+            architecture=engine.architecture,
+            source_dir=model_path(run),
+            groups=groups,
+            dtype=run.export.dtype,
+            write_beside=write_beside,
+        )
+    if engine.has_adapters and run.lora.export != "merged":
+        written["adapter"] = output_dir / "adapter"
+        export_adapter(
+            engine.chunks,
+            written["adapter"],
+            architecture=engine.architecture,
+            lora=run.lora,
+            groups=groups,
+            base=str(start_path(run)),
+            dtype=run.export.dtype,
+            source_dir=model_path(run),
+            write_beside=write_beside,
+        )
+    return written

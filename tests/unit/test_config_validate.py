@@ -42,7 +42,10 @@ class _Model:
     num_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
+    hidden_size: int = 64
     ffn_hidden_size: int = 96
+    head_dim: int = 8
+    tie_word_embeddings: bool = False
     max_position_embeddings: int = 64
 
 
@@ -464,6 +467,17 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["checkpoint.interval_steps: 0", "at least 1"],
     ),
     "keep-none": ({"checkpoint.keep_last": 0}, 1, ["checkpoint.keep_last: 0", "at least 1"]),
+    "export-of-adapters-off": (
+        {"lora.rank": 8, "lora.export": "merged", "export.enabled": False},
+        1,
+        ["lora.export: merged", "no effect with export.enabled=false"],
+    ),
+    "adapters-not-chosen": ({"lora.alpha": 8.0}, 1, ["lora.alpha: 8.0", "lora.rank"]),
+    "adapters-on-unknown-layers": (
+        {"lora.rank": 8, "lora.targets": ("query",)},
+        1,
+        ["lora.targets: 'query' matches no layer", "q_proj"],
+    ),
     "chat-without-conversations": (
         {"chat.train_on_prompt": True},
         1,
@@ -547,6 +561,11 @@ CUTS: dict[str, tuple[dict[str, Any], _Model, list[str]]] = {
         {"data.seq_length": 65},
         _Model(),
         ["data.seq_length: 65", "max_position_embeddings=64"],
+    ),
+    "adapters": (
+        {"lora.rank": 33},
+        _Model(),
+        ["lora.rank: 33", "k_proj [32, 64]", "at most 32"],
     ),
     "samples": (
         {**SFT, "samples.max_new_tokens": 128},
