@@ -5,10 +5,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny_files import WORDS, byte_level_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from megatron_cgn.testing import tiny_hf_model
-from tiny_files import WORDS, byte_level_tokenizer
 
 CHATML = (
     "{% for message in messages %}"
