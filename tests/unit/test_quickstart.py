@@ -1,0 +1,153 @@
+"""The quickstart's own parts: what it learns from, which folders it removes, what it reports."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tools() -> dict[str, ModuleType]:
+    """The modules as the script sees them: beside it on the path."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        names = ("quickstart", "quickstart_data", "quickstart_models", "quickstart_report")
+        return {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+def test_held_out_conversations_are_divided_by_language(
+    tools: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    counts = tools["quickstart_data"].divide_held_out(tmp_path)
+    found = {
+        language: [
+            json.loads(line)["id"]
+            for line in (tmp_path / f"sft_{language}_held_out.jsonl").read_text().splitlines()
+        ]
+        for language in ("zh", "en")
+    }
+    everything = [
+        json.loads(line)["id"]
+        for line in (ROOT / "samples/sft_held_out.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert sorted(found["zh"] + found["en"]) == sorted(everything)
+    assert {k: counts[f"{k}_held_out"] for k in found} == {k: len(v) for k, v in found.items()}
+
+
+def test_the_questions_asked_are_held_out_ones(tools: dict[str, ModuleType]) -> None:
+    train = "".join((ROOT / f"samples/sft_{k}.jsonl").read_text("utf-8") for k in ("zh", "en"))
+    asked = tools["quickstart_data"].questions()
+    assert asked and all(question.text not in train for question in asked)
+
+
+def test_only_an_earlier_quickstart_is_removed(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quickstart = tools["quickstart"]
+    model = ROOT / ".cache/smollm2-135m-instruct"
+    output = tmp_path / "run"
+    (output / "sft").mkdir(parents=True)
+    mine = output / "sft/mine.txt"
+    mine.write_text("keep me")
+    monkeypatch.setattr(
+        sys, "argv", ["quickstart", "--model", str(model), "--output-dir", str(output)]
+    )
+    assert quickstart.main() == 2
+    assert "no earlier quickstart" in capsys.readouterr().err and mine.exists()
+    (output / quickstart.MARK).touch()
+    quickstart._make_room(output, model)
+    assert [path.name for path in output.iterdir()] == [quickstart.MARK]
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "sft"),
+    [
+        ([], [], []),
+        (["train.train_iters=2"], ["train.train_iters=2"], []),
+        (["a.b=1", "c=2", "--sft", "d=3", "e=4"], ["a.b=1", "c=2"], ["d=3", "e=4"]),
+        (["--sft", "d=3", "--output-dir", "runs/x"], [], ["d=3"]),
+    ],
+)
+def test_settings_go_to_the_part_they_are_for(
+    tools: dict[str, ModuleType], words: list[str], overrides: list[str], sft: list[str]
+) -> None:
+    args = tools["quickstart"]._parser().parse_args(words)
+    assert (args.overrides, args.sft) == (overrides, sft)
+
+
+GOOD: dict[str, Any] = {
+    "domain_zh": (2.0, 1.8),
+    "domain_en": (1.2, 1.1),
+    "general": (1.5, 1.52),
+    "zh": (3.0, 2.5),
+    "en": (2.0, 1.9),
+    "difference": 1e-5,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"domain_zh": (2.0, 2.01)}, "Domain bits per byte fall: **NO**"),
+        ({"general": (1.5, 1.6)}, "rise by at most 5%: **NO** (+6.7%)"),
+        ({"general": (1.5, None)}, "rise by at most 5%: **NO** (+nan%)"),
+        ({"en": (2.0, 2.1)}, "falls in both languages: **NO**"),
+        ({"difference": 0.01}, "within 0.001: **NO** (1.0e-02)"),
+    ],
+)
+def test_the_report_says_what_is_not_as_it_should_be(
+    tools: dict[str, ModuleType], tmp_path: Path, change: dict[str, Any], told: str | None
+) -> None:
+    scores = GOOD | change
+    (tmp_path / "sft").mkdir()
+    _write_records(tmp_path, scores, ("domain_zh", "domain_en", "general"), "bits_per_byte")
+    _write_records(tmp_path / "sft", scores, ("zh", "en"), "token_accuracy")
+    findings = _findings(tools, difference=scores["difference"])
+    passed = tools["quickstart_report"].write_report(tmp_path, findings)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert passed == (told is None) and text.count("**NO**") == (told is not None)
+    assert told is None or told in text
+    assert "3 steps, 300 tokens, 20 tokens/s" in text and "1.5 minutes in all" in text
+    assert "- after tuning: tuned says … *(cut off)*" in text
+
+
+def _write_records(folder: Path, scores: dict[str, Any], names: tuple[str, ...], kind: str) -> None:
+    held_out = [
+        {f"val/{name}/{score}": scores[name][place] for name in names for score in ("loss", kind)}
+        for place in (0, 1)
+    ]
+    steps = [
+        {"step": n, "loss": 1.0, "tokens": 100 * n, "tokens_per_s": 10.0 * n} for n in (1, 2, 3)
+    ]
+    records = [{"step": 0, **held_out[0]}, *steps, {"step": 3, **held_out[1]}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+
+
+def _findings(tools: dict[str, ModuleType], *, difference: float) -> Any:
+    report, models = tools["quickstart_report"], tools["quickstart_models"]
+    check = models.AdapterCheck(rank=16, parameters=5, model_parameters=1000, difference=difference)
+    answers = [
+        report.Answers([f"{name} text"], [models.Answer(f"{name} says", ended=name != "tuned")])
+        for name in ("base", "pretrained", "tuned")
+    ]
+    return report.Findings(
+        documents={"domain_zh_train": {"documents": 3, "tokens": 4000, "bytes": 9000}},
+        conversations={"zh_train": 2},
+        prompts=("Once",),
+        asked=[tools["quickstart_data"].Question("为什么？", "因为。")],
+        answers=answers,
+        adapter=check,
+        seconds={"all": 90.0},
+    )
