@@ -51,13 +51,11 @@ class ConversationPool:
         rate = float(1 / self.share) / 2
         epochs = -(-WINDOW // len(self.conversations))
         total = int(self.lengths.sum(dtype=np.int64))
-        for first in itertools.count(step=epochs):
-            order = np.concatenate(
-                [
-                    permutation(len(self.lengths), f"{seed}/{self.identity}/{epoch}")
-                    for epoch in range(first, first + epochs)
-                ]
-            )
+        for block in itertools.count():
+            first = block * epochs
+            order = _permutations(
+                epochs, len(self.lengths), f"{seed}/{self.identity}/{block}"
+            ).ravel()
             lengths = self.lengths[order].astype(np.int64)
             middles = 2 * (first * total + np.cumsum(lengths)) - lengths
             yield middles * rate, self.conversations[order]
@@ -151,11 +149,16 @@ def pack_window(
 
 
 def permutation(size: int, name: str) -> Numbers:
-    """The numbers below ``size`` in an order that only ``name`` decides.
+    """The numbers below ``size`` in an order that only ``name`` decides."""
+    return _permutations(1, size, name)[0]
+
+
+def _permutations(count: int, size: int, name: str) -> Numbers:
+    """Several permutations, int64 ``[count, size]``.
 
     NumPy keeps raw bits the same over its versions, unlike permutations, and so does a stable
     sort.
     """
     key = hashlib.blake2b(f"{VERSION}/{name}".encode(), digest_size=16).digest()
-    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(size)
-    return np.argsort(bits, kind="stable")
+    bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count * size)
+    return np.argsort(bits.reshape(count, size), axis=1, kind="stable")

@@ -1,5 +1,7 @@
 """First-fit-decreasing against the same in a plain loop, item by item."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def cases(draw: st.DrawFn) -> tuple[list[int], int]:
 def test_bins_are_those_of_the_plain_algorithm(case: tuple[list[int], int]) -> None:
     lengths, capacity = case
     packs = first_fit_decreasing(np.array(lengths, dtype=np.int32), capacity=capacity)
-    found = [packs.items[a:b].tolist() for a, b in zip(packs.bounds, packs.bounds[1:], strict=False)]
+    found = [packs.items[a:b].tolist() for a, b in pairwise(packs.bounds)]
     assert found == plain(lengths, capacity)
     assert len(packs) == len(found)
 
