@@ -65,10 +65,10 @@ def probe(renderer: Renderer, backend: Backend) -> Probed:
                 "would they be those that it sees when it serves. Use another template (bundled "
                 "ones: chatml, qwen3-no-thinking, llama3, mistral, plain)."
             )
-    ends = _ends_of_turns(renderer, backend, text)
+    end = _end_of_turn(renderer, backend, text)
     asked = [renderer(messages[:1], add_generation_prompt=flag) for flag in (True, False)]
     header = _header(text, prompts) if asked[0] == asked[1] else ""
-    return Probed(ends, header, _unasked(renderer, backend, text, asked[1]))
+    return Probed((end,), header, _unasked(renderer, backend, text, asked[1]))
 
 
 def _check_contents(renderer: Renderer, text: str) -> None:
@@ -93,10 +93,10 @@ def _check_tokens(renderer: Renderer, backend: Backend, text: str) -> None:
         )
 
 
-def _ends_of_turns(renderer: Renderer, backend: Backend, text: str) -> tuple[int, ...]:
+def _end_of_turn(renderer: Renderer, backend: Backend, text: str) -> int:
     encoding = backend.encode(text, add_special_tokens=False)
     special = {i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-    found: dict[int, None] = {}
+    found = []
     limits = (text.find(_QUESTIONS[1]), len(text))
     for answer, limit in zip(_ANSWERS, limits, strict=True):
         after = text.find(answer) + len(answer)
@@ -107,8 +107,16 @@ def _ends_of_turns(renderer: Renderer, backend: Backend, text: str) -> tuple[int
                 f"of the tokenizer: {text[after:limit][:40]!r} follows an answer. A model trained "
                 "so would never stop. Use a template that ends turns with one, such as eos_token."
             )
-        found[token] = None
-    return tuple(found)
+        found.append(token)
+    if found[0] != found[1]:
+        names = [repr(backend.id_to_token(token)) for token in found]
+        raise DataError(
+            f"chat template {renderer.name}: {names[0]} follows an answer that the conversation "
+            f"goes on after, {names[1]} the last one. So it cannot be said which ends a turn, and "
+            "a model would learn to go on in the user's name. Use a template that ends every turn "
+            "alike."
+        )
+    return found[0]
 
 
 def _first_special(
