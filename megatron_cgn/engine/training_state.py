@@ -283,6 +283,20 @@ class TrainingState:
         ckpt.check_tensors(directory, info)
         self._put_weights(ckpt.load_checkpoint(directory, self._base_state()))
 
+    def load_adapters(self, directory: Path) -> None:
+        """Fill the adapters, and nothing else, from a checkpoint of adapters of any layout.
+
+        Args:
+            directory: A checkpoint directory of a run with the same adapters on the same weights.
+
+        Raises:
+            CheckpointError: If it is damaged or does not fit.
+        """
+        info = ckpt.read_info(directory)
+        check_adapters(info, self.adapter_record(), directory)
+        ckpt.check_tensors(directory, info)
+        self._put_weights(ckpt.load_checkpoint(directory, self.model_state()))
+
     def resume(self, directory: Path, *, fit: dict[str, Any]) -> None:
         """Go on exactly where a checkpoint stopped; call it after `prepare_training`.
 

@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import DataError
+from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.cache import KeyValueCache, decode_row, prefill_row
 from megatron_cgn.rollout.forward import Forward, answering, share_from_source
+from megatron_cgn.rollout.memory import fitting_batch
 from megatron_cgn.rollout.sampling import Draws, Sampling, choose
 
 _PREFILL_TOKENS = 4096
@@ -50,7 +52,7 @@ def generate(
     *,
     sampling: Sampling,
     seeds: Sequence[int] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """The tokens that continue each prompt; see `complete`.
@@ -88,7 +90,7 @@ def complete(
     *,
     sampling: Sampling,
     seeds: Sequence[int] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_token: OnToken | None = None,
 ) -> list[Answer]:
     """Continue each prompt.
@@ -102,7 +104,8 @@ def complete(
         sampling: How tokens are taken.
         seeds: A number for each answer, which together with ``sampling.seed`` decides its draws,
             whatever else is in the batch. None: 0, 1, 2, …
-        batch_size: Most sequences continued at once by one copy of the model.
+        batch_size: Most sequences continued at once by one copy of the model. None: as many as
+            fit into memory; see `fitting_batch`.
         on_token: Told of each token as soon as it is known, on the ranks of the copy that answers
             the prompt; the first prompt's is that of rank 0. An exception of it ends the call.
 
@@ -113,7 +116,9 @@ def complete(
         DataError: If a prompt is empty, has an id that the model lacks, or leaves no place for a
             single new token.
     """
-    check_prompts(engine, prompts)
+    for index, prompt in enumerate(prompts):
+        if fault := prompt_fault(prompt, engine.architecture):
+            raise DataError(f"prompt {index + 1}: {fault}")
     seeds = range(len(prompts)) if seeds is None else seeds
     assert len(seeds) == len(prompts), "one seed for each prompt"
     copies = engine.state.groups.dp_cp
@@ -130,6 +135,9 @@ def complete(
         )
         for i in mine
     ]
+    if batch_size is None:
+        lengths = [len(p) + sampling.max_new_tokens for p in prompts]
+        batch_size = fitting_batch(engine, max(lengths, default=1))
     # Also completes a gathering of weights, in which ranks without prompts take part too.
     chunks = engine.chunks
     with torch.no_grad(), answering(chunks):
@@ -142,32 +150,31 @@ def complete(
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(prompts))]
 
 
-def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
-    """Refuse prompts that cannot be continued.
+def prompt_fault(prompt: Sequence[int], architecture: Architecture) -> str | None:
+    """Say why a prompt cannot be continued.
 
     Args:
-        engine: The model.
-        prompts: Tokens of each prompt.
+        prompt: Its tokens.
+        architecture: The model.
 
-    Raises:
-        DataError: Naming the first such prompt.
+    Returns:
+        What is wrong with it, and the remedy; None if nothing is.
     """
-    architecture = engine.architecture
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"prompt {index + 1}: is empty; give at least one token.")
-        wrong = next((t for t in prompt if not 0 <= t < architecture.vocab_size), None)
-        if wrong is not None:
-            raise DataError(
-                f"prompt {index + 1}: has id {wrong}, but the model's ids end at "
-                f"{architecture.vocab_size - 1}. Use the model's own tokenizer."
-            )
-        if len(prompt) >= architecture.max_position_embeddings:
-            raise DataError(
-                f"prompt {index + 1}: {len(prompt):,} tokens, but the model has "
-                f"{architecture.max_position_embeddings:,} positions (max_position_embeddings), "
-                "and an answer needs some of them. Shorten the prompt."
-            )
+    if not prompt:
+        return "is empty; give at least one token."
+    wrong = next((t for t in prompt if not 0 <= t < architecture.vocab_size), None)
+    if wrong is not None:
+        return (
+            f"has id {wrong}, but the model's ids end at {architecture.vocab_size - 1}. Use the "
+            "model's own tokenizer."
+        )
+    positions = architecture.max_position_embeddings
+    if len(prompt) >= positions:
+        return (
+            f"has {len(prompt):,} tokens, but the model {positions:,} positions "
+            "(max_position_embeddings), of which an answer needs some. Shorten it."
+        )
+    return None
 
 
 @dataclass(slots=True, kw_only=True)
