@@ -37,6 +37,7 @@ def run_distributed(
     world_size: int,
     *args: Any,
     timeout_s: float = 300.0,
+    warm: bool = False,
 ) -> list[Any]:
     """Run ``function(*args)`` in `world_size` fresh processes that see each other over gloo.
 
@@ -48,6 +49,8 @@ def run_distributed(
         world_size: Number of processes.
         *args: Passed to every process.
         timeout_s: Processes alive after this many seconds are ended and the call fails.
+        warm: Fork the processes from a server that has imported the engine already, which saves
+            each of them five seconds. They have the environment that the first warm call had.
 
     Returns:
         The ranks' return values, in rank order.
@@ -55,7 +58,9 @@ def run_distributed(
     Raises:
         RuntimeError: With the traceback of every rank that failed.
     """
-    context = mp.get_context("spawn")
+    context: Any = mp.get_context("forkserver" if warm else "spawn")
+    if warm:
+        context.set_forkserver_preload(["megatron_cgn.engine.engine"])
     results = context.Queue()
     port = free_port()
     processes = [

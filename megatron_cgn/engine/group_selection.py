@@ -11,18 +11,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_cgn.config.optim_rules import OTHERS
-from megatron_cgn.config.schema import OptimConfig, ParamGroupConfig, RunConfig
+from megatron_cgn.config.schema import LoraConfig, OptimConfig, ParamGroupConfig, RunConfig
 from megatron_cgn.engine.checkpoint import is_checkpoint
 from megatron_cgn.engine.param_groups import END, Group, Grouping, Key
 from megatron_cgn.errors import ConfigError, DataError
-from megatron_cgn.hf.families import Parameter, parameter_table
+from megatron_cgn.hf.adapter_names import module_name
+from megatron_cgn.hf.families import Parameter, Rows, parameter_table
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.lora import ADAPTERS, adapter_entries
 from tokenizer.extension import FILE_NAME, Extension
 
 _EMBEDDINGS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _WORDS = ("embeddings", "output", "norms", "blocks", OTHERS)
+_ADAPTERS = f"{ADAPTERS}."
 
-Rows = tuple[int, int]
+Span = tuple[int, int]
 """First row and row behind the last."""
 
 
@@ -46,7 +49,8 @@ def configured_groups(run: RunConfig, architecture: Architecture) -> Grouping | 
     directory = start / "hf" if is_checkpoint(start) else start
     asks = any(g.rows != "all" and g.rows_from is None for g in run.optim.param_groups)
     first_new = first_new_id(directory) if asks else None
-    return resolve_groups(run.optim, architecture, first_new=first_new)
+    lora = run.lora if run.lora.rank is not None else None
+    return resolve_groups(run.optim, architecture, first_new=first_new, lora=lora)
 
 
 def first_new_id(directory: Path) -> int | None:
@@ -76,7 +80,11 @@ def first_new_id(directory: Path) -> int | None:
 
 
 def resolve_groups(
-    optim: OptimConfig, architecture: Architecture, *, first_new: int | None
+    optim: OptimConfig,
+    architecture: Architecture,
+    *,
+    first_new: int | None,
+    lora: LoraConfig | None = None,
 ) -> Grouping | None:
     """Find the parameters of each group.
 
@@ -84,6 +92,7 @@ def resolve_groups(
         optim: Settings, which the rules without a model have passed.
         architecture: The model.
         first_new: Id of its first new token, if its vocabulary was extended.
+        lora: Adapters, which groups are then of, and of what is trained whole beside them.
 
     Returns:
         The groups, or None if the configuration has none.
@@ -93,7 +102,7 @@ def resolve_groups(
     """
     if not optim.param_groups:
         return None
-    resolver = _Resolver(optim, architecture, first_new)
+    resolver = _Resolver(optim, architecture, first_new, lora)
     grouping = resolver.resolve()
     if resolver.faults:
         raise ConfigError("\n".join(resolver.faults))
@@ -107,10 +116,11 @@ class _Resolver:
     optim: OptimConfig
     architecture: Architecture
     first_new: int | None
+    lora: LoraConfig | None
     faults: list[str] = field(default_factory=list)
 
     def resolve(self) -> Grouping:
-        table = parameter_table(self.architecture)
+        table = _trained(self.architecture, self.lora)
         named = [g for g in self.optim.param_groups if OTHERS not in g.parameters]
         rows = {id(g): self._rows(g, table) for g in named}
         if self.faults:  # nothing can be said of what is left
@@ -135,7 +145,7 @@ class _Resolver:
         self._idle(groups)
         return Grouping(tuple(groups))
 
-    def _rows(self, group: ParamGroupConfig, table: Sequence[Parameter]) -> dict[Key, Rows]:
+    def _rows(self, group: ParamGroupConfig, table: Sequence[Parameter]) -> dict[Key, Span]:
         where = f"optim.param_groups[{group.name}]"
         chosen: dict[Key, Parameter] = {}
         for selector in group.parameters:
@@ -153,9 +163,14 @@ class _Resolver:
             )
             return []
         found = [p for p in table if _is(selector, p)]
-        if not found:
+        if not found and any(_is(selector, p) for p in parameter_table(self.architecture)):
+            self.faults.append(
+                f"{where}: {selector!r} stays as it is, since lora.rank trains adapters; groups "
+                f"may be of {ADAPTERS}, of their names, and of what lora.modules_to_save adds."
+            )
+        elif not found:
             self.faults.append(f"{where}: {selector!r} matches nothing{_nearest(selector, table)}")
-        for parameter in found if selector not in _WORDS else ():
+        for parameter in found if selector not in (*_WORDS, ADAPTERS) else ():
             left_out = [n for n in parameter.hf_names() if not fnmatchcase(n, selector)]
             if left_out:
                 self.faults.append(
@@ -194,7 +209,7 @@ class _Resolver:
         boundary = first or 0
         return (boundary, END) if group.rows == "new" else (0, boundary)
 
-    def _overlaps(self, groups: Sequence[tuple[str, Mapping[Key, Rows]]]) -> None:
+    def _overlaps(self, groups: Sequence[tuple[str, Mapping[Key, Span]]]) -> None:
         for index, (name, rows) in enumerate(groups):
             for other, others in groups[:index]:
                 common = [
@@ -232,6 +247,24 @@ class _Resolver:
                 return
 
 
+def _trained(architecture: Architecture, lora: LoraConfig | None) -> tuple[Parameter, ...]:
+    """What can be in a group: the model's parameters, or those trained beside frozen weights."""
+    table = parameter_table(architecture)
+    if lora is None:
+        return table
+    saved = lora.modules_to_save
+    whole = {_EMBEDDINGS: "embed_tokens" in saved, _OUTPUT: "lm_head" in saved}
+    adapters = []
+    for entry in adapter_entries(architecture, lora):
+        name = f"{module_name(entry.layer, entry.target)}.{entry.part}"
+        rows = Rows(name=f"{name}.weight", start=0, stop=entry.shape[0])
+        columns = entry.shape[1] if len(entry.shape) > 1 else None
+        adapters.append(
+            Parameter(key=entry.key, parts=((rows,),), columns=columns, tp_dim=entry.tp_dim)
+        )
+    return (*(p for p in table if whole.get(p.key)), *adapters)
+
+
 def _is(selector: str, parameter: Parameter) -> bool:
     match selector:
         case "embeddings":
@@ -239,14 +272,17 @@ def _is(selector: str, parameter: Parameter) -> bool:
         case "output":
             return parameter.key == _OUTPUT
         case "norms":
-            return parameter.columns is None and not parameter.key.endswith(".bias")
+            vector = parameter.columns is None and not parameter.key.endswith(".bias")
+            return vector and not parameter.key.startswith(_ADAPTERS)
         case "blocks":
             return parameter.layer is not None
+        case "adapters":
+            return parameter.key.startswith(_ADAPTERS)
     return any(fnmatchcase(name, selector) for name in parameter.hf_names())
 
 
 def _nearest(selector: str, table: Sequence[Parameter]) -> str:
-    names = [*_WORDS, *(name for p in table for name in p.hf_names())]
+    names = [*_WORDS, ADAPTERS, *(name for p in table for name in p.hf_names())]
     near = difflib.get_close_matches(selector, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(_WORDS)}."
 
@@ -257,9 +293,9 @@ def _spelling(key: Key) -> str:
     return name if layer is None else name.replace("layers.", f"layers.{layer}.", 1)
 
 
-def _left(table: Sequence[Parameter], taken: Sequence[Mapping[Key, Rows]]) -> dict[Key, Rows]:
+def _left(table: Sequence[Parameter], taken: Sequence[Mapping[Key, Span]]) -> dict[Key, Span]:
     """What no group has taken. A weight is cut at one row, so one range of it is left."""
-    left: dict[Key, Rows] = {}
+    left: dict[Key, Span] = {}
     for parameter in table:
         key = (parameter.layer, parameter.key)
         start, stop = 0, END
@@ -273,7 +309,7 @@ def _left(table: Sequence[Parameter], taken: Sequence[Mapping[Key, Rows]]) -> di
     return left
 
 
-def _group(settings: ParamGroupConfig, rows: Mapping[Key, Rows], optim: OptimConfig) -> Group:
+def _group(settings: ParamGroupConfig, rows: Mapping[Key, Span], optim: OptimConfig) -> Group:
     mult = settings.lr_mult or 1.0
     return Group(
         name=settings.name,

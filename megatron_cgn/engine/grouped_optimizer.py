@@ -25,6 +25,7 @@ from megatron_cgn.engine.param_groups import Group, Grouping, Key
 from megatron_cgn.engine.slots import Piece, Slot
 from megatron_cgn.hf.load import model_parameters
 from megatron_cgn.model.architecture import Architecture
+from megatron_cgn.model.lora import adapter_parameters
 
 
 class GroupedOptimizer:
@@ -58,6 +59,7 @@ class GroupedOptimizer:
             id(weight): (entry.layer, entry.key)
             for entry, weight in model_parameters(chunks, architecture)
         }
+        keys |= {id(weight): (None, entry.key) for entry, weight in adapter_parameters(chunks)}
         self._groups = _InnerGroups()
         self.slots = [
             self._place(slot, grouping.of(keys[id(slot.model_param)]), tp_rank=tp_rank)
