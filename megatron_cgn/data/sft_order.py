@@ -8,8 +8,8 @@ has given its share of the tokens, but for less than one conversation, and none 
 repeated.
 
 The merged stream is cut into *windows*, of at most 65,536 conversations, and where an epoch ends.
-A window is packed by itself, and its packs are shuffled. Nothing here depends on how long the run
-is or on how many ranks read: a longer run begins as the shorter one does.
+A window is packed by itself, and its packs are shuffled: so epochs do not mix. Nothing here
+depends on how long the run is or on how many ranks read: a longer run begins as the shorter one.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def windows(
     Args:
         pools: At least one; their shares add up to 1.
         seed: Seed of the order.
-        epoch: Time of an epoch of what the run counts epochs of; infinite if it counts none.
+        epoch: Time of an epoch of what the run counts epochs of.
         size: Most conversations of a window.
 
     Yields:

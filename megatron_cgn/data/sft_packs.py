@@ -266,7 +266,8 @@ def _epochs(
             break
         sizes = lengths[packs.items].astype(np.int64)
         inside = int(sizes[times < end].sum())
-        number = -(-len(packs) * inside // int(sizes.sum()))
+        before = np.cumsum(sizes)[packs.bounds[1:] - 1]  # tokens up to the end of each sequence
+        number = int(np.searchsorted(before, inside)) + 1 if inside else 0
         if epoch + 1 <= epochs:
             number = len(packs)
         if not number and taken:

@@ -1,7 +1,6 @@
 """Which conversations are read equally often, and what share of the tokens they have."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
@@ -46,7 +45,8 @@ def make_pools(
 
     Returns:
         The pools, in an order that does not depend on how the files are listed; and the time of
-        an epoch, infinite if the run counts none. See `sft_order`.
+        an epoch, see `sft_order`: of the source whose epochs are counted, or else that in which as
+        much is read as all sources hold.
 
     Raises:
         DataError: If a source that has a share has nothing to train on.
@@ -69,12 +69,7 @@ def make_pools(
         shares_now = {name: Fraction(count, total) for name, count in read.items() if count}
         return _put_together(by_source, shares_now, joined=True), float(total)
     base = epochs_of(run)
-    if run.data.mix is None:
-        epoch = float(total)
-    elif base is None:
-        epoch = math.inf
-    else:
-        epoch = tokens[base] * float(1 / shares[base])
+    epoch = float(total) if base is None else tokens[base] * float(1 / shares[base])
     return _put_together(by_source, shares, joined=False), epoch
 
 
