@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from tiny_chats import TinyChats, write_tiny_chats
 from train_runs import Zygote
 
 
@@ -12,3 +13,9 @@ def zygote() -> Iterator[Zygote]:
     started = Zygote()
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> TinyChats:
+    """A tiny model with a template and two files of conversations; read only."""
+    return write_tiny_chats(tmp_path_factory.mktemp("chats"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiny_chats import TinyChats
 from tiny_files import TinyFiles
 
 from megatron_cgn.testing import free_port
@@ -96,6 +97,7 @@ class Zygote:
         stderr: Path,
         ranks: int = 1,
         limit_bytes: int | None = None,
+        record_ids: Path | None = None,
     ) -> Run:
         """Start train.py on so many ranks, as torchrun would.
 
@@ -104,6 +106,8 @@ class Zygote:
             stderr: File that all ranks append their standard error to.
             ranks: Number of processes.
             limit_bytes: Largest file they may write; None for no limit.
+            record_ids: File that each rank adds the ids of what it reads to, behind a dot and its
+                number; None for none.
         """
         stderr.parent.mkdir(parents=True, exist_ok=True)
         stderr.write_bytes(b"")
@@ -120,7 +124,8 @@ class Zygote:
             }
             request = {
                 "argv": list(overrides),
-                "env": environment if ranks > 1 else {},
+                "env": (environment if ranks > 1 else {})
+                | ({} if record_ids is None else {"RECORD_IDS": f"{record_ids}.{rank}"}),
                 "stderr": str(stderr),
                 "limit_bytes": limit_bytes,
             }
@@ -158,6 +163,28 @@ def overrides(tiny: TinyFiles, output: Path, *more: str) -> list[str]:
     given = [text for text in more if text.partition("=")[0] in base]
     kept = {k: v for k, v in base.items() if not any(t.startswith(f"{k}=") for t in given)}
     return ["+stage=cpt", tiny.sources(), *(f"{k}={v}" for k, v in kept.items()), *more]
+
+
+def sft_overrides(chats: TinyChats, output: Path, *more: str) -> list[str]:
+    """Arguments of a tiny run of instruction tuning of eight steps."""
+    base = {
+        "model.hf_path": chats.model,
+        "precision": "fp32",
+        "data.seq_length": 96,
+        "data.validation_fraction": 0.2,
+        "train.micro_batch_size": 2,
+        "train.global_batch_size": 4,
+        "train.train_iters": 8,
+        "train.validation_interval_steps": 4,
+        "optim.lr": "1e-3",
+        "samples.count": 2,
+        "samples.max_new_tokens": 6,
+        "output_dir": output,
+    }
+    given = {text.partition("=")[0] for text in more}
+    kept = [f"{key}={value}" for key, value in base.items() if key not in given]
+    sources = [] if "data.sources" in given else [chats.sources()]
+    return ["+stage=sft", *sources, *kept, *more]
 
 
 def records(output: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@ Reads requests from standard input, one JSON object a line, and answers each wit
     {"poll": PID} → {"code": N | null}; minus the signal's number if a signal ended it
 
 Every run is a forked process with the modules imported but nothing built, in a session of its
-own. What follows the fork is train.py's own `main`.
+own. What follows the fork is train.py's own `main`. If the environment names a `RECORD_IDS` file,
+the ids of the conversations that each training sequence holds are written there when it is read.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -26,7 +28,8 @@ def _serve() -> None:
 
     quiet_dependencies()
     import megatron_cgn.engine.metrics
-    import megatron_cgn.stages.cpt  # noqa: F401
+    import megatron_cgn.stages.cpt
+    import megatron_cgn.stages.sft  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
@@ -46,6 +49,32 @@ def _poll(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
+def _record_ids(path: str) -> None:
+    """Let training sequences write down what is read of them: number, ids, tokens' hash."""
+    from megatron_cgn.data.sft_loader import SftLoader
+
+    class Recorded:
+        def __init__(self, dataset: Any) -> None:
+            self._dataset = dataset
+
+        def __len__(self) -> int:
+            return len(self._dataset)
+
+        def __getitem__(self, index: int) -> Any:
+            row = self._dataset[index]
+            tokens = hashlib.blake2b(row.tokens.tobytes(), digest_size=8).hexdigest()
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([index, self._dataset.record_ids(index), tokens]) + "\n")
+            return row
+
+    opened = SftLoader.__init__
+
+    def recording(self: Any, dataset: Any, **settings: Any) -> None:
+        opened(self, Recorded(dataset), **settings)  # type: ignore[arg-type]
+
+    SftLoader.__init__ = recording  # type: ignore[method-assign]
+
+
 def _train(request: dict[str, Any]) -> None:
     """Become a run of train.py; never returns."""
     os.setsid()
@@ -62,6 +91,8 @@ def _train(request: dict[str, Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if "RECORD_IDS" in os.environ:
+        _record_ids(os.environ["RECORD_IDS"])
     code = 1
     try:
         import train
