@@ -58,7 +58,7 @@ class ConversationPool:
             ).ravel()
             lengths = self.lengths[order].astype(np.int64)
             middles = 2 * (first * total + np.cumsum(lengths)) - lengths
-            yield middles * rate, self.conversations[order]
+            yield middles.astype(np.float64) * rate, self.conversations[order]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +150,8 @@ def pack_window(
 
 def permutation(size: int, name: str) -> Numbers:
     """The numbers below ``size`` in an order that only ``name`` decides."""
-    return _permutations(1, size, name)[0]
+    order: Numbers = _permutations(1, size, name)[0]
+    return order
 
 
 def _permutations(count: int, size: int, name: str) -> Numbers:
@@ -161,4 +162,5 @@ def _permutations(count: int, size: int, name: str) -> Numbers:
     """
     key = hashlib.blake2b(f"{VERSION}/{name}".encode(), digest_size=16).digest()
     bits = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count * size)
-    return np.argsort(bits.reshape(count, size), axis=1, kind="stable")
+    order: Numbers = np.argsort(bits.reshape(count, size), axis=1, kind="stable")
+    return order
