@@ -13,7 +13,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -41,18 +41,18 @@ def main() -> int:
         signal.signal(number, _interrupt)
     target = Path(args.output)
     is_merge = args.direction == "merge-adapter"
-    sources = [Path(args.model), Path(args.adapter)] if is_merge else [Path(args.input)]
+    options = ("model", "adapter") if is_merge else ("input",)
+    sources = {f"--{option}": Path(getattr(args, option)) for option in options}
     try:
-        for source in sources:
-            _check_target(source, target, overwrite=args.overwrite)
+        _check_target(sources, target, overwrite=args.overwrite)
         if is_merge:
-            _merge(sources[0], sources[1], target, args)
+            _merge(sources["--model"], sources["--adapter"], target, args)
         elif args.direction == "to-megatron":
-            _to_megatron(sources[0], target, args.make_vocab_size_divisible_by)
-        elif adapter_to_hf.holds_adapters(sources[0]):
-            _adapters_to_hf(sources[0], target, args)
+            _to_megatron(sources["--input"], target, args.make_vocab_size_divisible_by)
+        elif adapter_to_hf.holds_adapters(sources["--input"]):
+            _adapters_to_hf(sources["--input"], target, args)
         else:
-            _to_hf(sources[0], target, args)
+            _to_hf(sources["--input"], target, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -71,14 +71,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _check_target(source: Path, target: Path, *, overwrite: bool) -> None:
+def _check_target(sources: Mapping[str, Path], target: Path, *, overwrite: bool) -> None:
     """Refuse to replace anything but what a conversion could have written.
 
     Raises:
         UserError: Naming the target.
     """
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{target}: would replace {source}, which is read; give another --output")
+    for option, source in sources.items():
+        if target.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{target}: would replace the {option}; give another --output")
     if not target.exists():
         return
     if not target.is_dir():

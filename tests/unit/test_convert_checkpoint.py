@@ -92,6 +92,7 @@ def test_the_checkpoint_says_what_it_is(tmp_path: Path) -> None:
         "padded_vocab_size": 100,
         "dtype": "bf16",
         "new_rows": {},
+        "adapter": None,
     }
     for name, expected in digests.items():
         assert hashlib.sha256((tmp_path / "ckpt" / name).read_bytes()).hexdigest() == expected
