@@ -55,7 +55,9 @@ class Reopened:
         output = self.model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
         ids = output[0, inputs["input_ids"].shape[1] :]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(str(text), ended=len(ids) < _ANSWER_TOKENS)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return Answer(str(text), ended=int(ids[-1]) in ends)
 
     def logprobs(self, question: str, answer: str) -> Any:
         """Log-probability of every token of a conversation but the first: `[tokens - 1]`."""
