@@ -62,6 +62,8 @@ def main() -> int:
         return error.exit_code
     except _TrainingFailed as failure:
         return int(failure.args[0])
+    except KeyboardInterrupt:
+        return 130
     passed = write_report(output_dir, findings)
     print((output_dir / "report.md").read_text("utf-8"))
     print(f"report: {output_dir / 'report.md'}")
@@ -92,12 +94,14 @@ def _run(model: Path, output_dir: Path, overrides: list[str], sft: list[str]) ->
     with _step("2/5", "continual pre-training on 2 processes, 2 pipeline stages", seconds):
         sources = document_sources(data_dir)
         _train("cpt", "quickstart", model, sources, output_dir, overrides)
+        _check_written(output_dir, "export/config.json")
     pretrained, tuned = output_dir / "export", output_dir / "sft"
     with _step("3/5", "instruction tuning with adapters (LoRA) on what came out of it", seconds):
         # FP32 export: then adapter and merged export must agree to FP32's accuracy.
         settings = ["export.dtype=fp32", *sft]
         sources = conversation_sources(data_dir)
         _train("sft", "sft_quickstart", pretrained, sources, tuned, settings)
+        _check_written(tuned, "export/config.json", "adapter/adapter_config.json")
     with _step("4/5", "asking the base, pre-trained and tuned models in transformers", seconds):
         asked = questions()
         answers = [_ask(path, asked) for path in (model, pretrained, tuned / "export")]
@@ -143,6 +147,18 @@ def _train(
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if status:
         raise _TrainingFailed(status)
+
+
+def _check_written(output_dir: Path, *files: str) -> None:
+    """Refuse to go on without what the next steps read."""
+    from megatron_cgn.errors import ConfigError
+
+    for file in files:
+        if not (output_dir / file).is_file():
+            raise ConfigError(
+                f"{output_dir / file}: training has not written it, and the quickstart reads it; "
+                "leave out the settings of export, lora and output_dir."
+            )
 
 
 def _ask(directory: Path, asked: Sequence[Question]) -> Answers:

@@ -70,6 +70,24 @@ def test_only_an_earlier_quickstart_is_removed(
     assert [path.name for path in output.iterdir()] == [quickstart.MARK]
 
 
+def test_a_missing_export_is_named(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quickstart = tools["quickstart"]
+    trained: list[str] = []
+    monkeypatch.setattr(quickstart, "index_documents", lambda *_: {})
+    monkeypatch.setattr(quickstart, "divide_held_out", lambda *_: {})
+    monkeypatch.setattr(quickstart, "_train", lambda stage, *_: trained.append(stage))
+    model = ROOT / ".cache/smollm2-135m-instruct"
+    words = ["--model", str(model), "--output-dir", str(tmp_path / "run"), "export.enabled=false"]
+    monkeypatch.setattr(sys, "argv", ["quickstart", *words])
+    assert quickstart.main() == 2
+    assert trained == ["cpt"] and "run/export/config.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "overrides", "sft"),
     [
