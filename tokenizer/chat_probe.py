@@ -68,7 +68,7 @@ def probe(renderer: Renderer, backend: Backend) -> Probed:
     end = _end_of_turn(renderer, backend, text)
     asked = [renderer(messages[:1], add_generation_prompt=flag) for flag in (True, False)]
     header = _header(text, prompts) if asked[0] == asked[1] else ""
-    return Probed((end,), header, _unasked(renderer, backend, text, asked[1]))
+    return Probed((end,), header, _unasked(backend, text, asked[1]))
 
 
 def _check_contents(renderer: Renderer, text: str) -> None:
@@ -141,11 +141,12 @@ def _header(text: str, prompts: Sequence[str]) -> str:
     return headers[0] if headers[0].strip() and headers[0] == headers[1] else ""
 
 
-def _unasked(renderer: Renderer, backend: Backend, text: str, question: str) -> str:
-    """A header at the end of the conversation, which the question alone ends with too."""
-    rest = text[text.find(_ANSWERS[1]) + len(_ANSWERS[1]) :]
+def _unasked(backend: Backend, text: str, question: str) -> str:
+    """A header at the end of the conversation: one that opens answers, after a question too."""
     special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
+    rest = text[text.find(_ANSWERS[1]) + len(_ANSWERS[1]) :]
     starts = sorted((rest.find(token), -len(token)) for token in special if token in rest)
-    rest = rest[starts[0][0] - starts[0][1] :]
-    is_header = any(token in rest for token in special)
+    rest = rest[starts[0][0] - starts[0][1] :]  # behind the end-of-turn token
+    opening = text[text.find(_QUESTIONS[0]) : text.find(_ANSWERS[0])]
+    is_header = any(token in rest for token in special) and opening.endswith(rest)
     return rest if is_header and question.endswith(rest) else ""

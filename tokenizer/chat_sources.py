@@ -70,8 +70,8 @@ def find_template(directory: Path, *, template: str | None, writes_bos: bool) ->
         return TemplateSource(str(path), _read_text(path))
     names = ", ".join([*sorted(own), *bundled_templates()])
     raise DataError(
-        f"chat template {template!r}: there is none of that name. Give the path of a .jinja file "
-        f"or one of: {names}."
+        f"chat template {template!r}: there is none of that name. Set chat.template "
+        f"(--chat-template) to one of {names}, or to a .jinja file."
     )
 
 
@@ -137,12 +137,13 @@ def _without_template(directory: Path, own: Mapping[str, TemplateSource]) -> str
     if own:
         return (
             f"{directory}: has chat templates of the names {', '.join(sorted(own))}, but none for "
-            f"default. Name one of them, a bundled one ({bundled}) or a .jinja file as template."
+            "default. Set chat.template (--chat-template) to one of them, to a bundled one "
+            f"({bundled}) or to a .jinja file."
         )
     return (
         f"{directory}: has no chat template (neither chat_template.jinja nor chat_template in "
-        "tokenizer_config.json), as is usual for base models. Name a bundled one as template "
-        f"({bundled}: plain needs no tokens of its own) or a .jinja file."
+        "tokenizer_config.json), as is usual for base models. Set chat.template (--chat-template) "
+        f"to a bundled one ({bundled}; plain needs no tokens of its own) or to a .jinja file."
     )
 
 

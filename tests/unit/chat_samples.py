@@ -34,6 +34,8 @@ MISTRAL = (
     "{% else %}{{ raise_exception('only user and assistant roles are supported') }}{% endif %}"
     "{% endfor %}"
 )
+CLOSED = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+"""Ends the text, whoever speaks last, with a token that ends turns, too; as Phi 3's does."""
 # Thoughts stay in the last turn alone, and a last turn without any has an empty block of them.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"

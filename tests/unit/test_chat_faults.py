@@ -97,7 +97,7 @@ def test_a_template_can_be_named_or_be_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("chatlm", r"'chatlm': there is none of that name.*: chatml, llama3, mistral, plain"),
+        ("chatlm", r"'chatlm': there is none of that name.*to one of chatml, llama3, mistral"),
         ("absent.jinja", r"absent\.jinja: cannot be read"),
         ("latin.jinja", r"not valid UTF-8"),
     ],

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_cgn.errors import DataError
 from tests.unit.chat_samples import (
     CHATML,
+    CLOSED,
     DEMO,
     LLAMA3,
     MISTRAL,
@@ -25,7 +26,7 @@ from tests.unit.chat_samples import (
 from tokenizer.chat import ChatTemplate, Message, bundled_templates
 
 EXAMPLES = settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -113,6 +114,7 @@ SHAPES: dict[str, tuple[Callable[..., Path], str, bool]] = {
     "llama3": (llama3_tokenizer, LLAMA3, True),
     "mistral": (mistral_tokenizer, MISTRAL, False),
     "thinking": (chatml_tokenizer, THINKING, True),
+    "closed": (chatml_tokenizer, CLOSED, True),
 }
 
 
