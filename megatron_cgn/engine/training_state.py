@@ -32,7 +32,7 @@ from megatron_cgn.errors import CheckpointError
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.build import Backend, build_model, resolve_backend, transformer_config
 from megatron_cgn.model.heads import padded_vocab_size
-from megatron_cgn.model.lora import ADAPTERS, add_adapters, trained_whole
+from megatron_cgn.model.lora import ADAPTERS, add_adapters, start_magnitudes, trained_whole
 from megatron_cgn.model.packing import check_packing
 from megatron_cgn.parallel.seed import rng_state, seed_everything, set_rng_state
 from megatron_cgn.parallel.state import ParallelState
@@ -139,6 +139,7 @@ class TrainingState:
 
         Call it once, after the weights have their values: master weights are copied here.
         """
+        start_magnitudes(self.chunks)
         self.adapter_record()  # of the weights as they are now
         self._wrapped = wrap_model(
             self.chunks,

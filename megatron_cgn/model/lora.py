@@ -142,6 +142,20 @@ def add_adapters(
         _seed_dropout(groups, seed)
 
 
+def start_magnitudes(chunks: Sequence[nn.Module]) -> None:
+    """Give DoRA's magnitudes their first values. Collective over tp.
+
+    Call it when the weights have been loaded. Magnitudes that have been loaded too stay; without
+    DoRA there is nothing to do.
+
+    Args:
+        chunks: ``GPTModel`` chunks, possibly wrapped.
+    """
+    for adapters in _adapters(chunks):
+        for _, linear in adapters.linears():
+            linear.start_magnitudes()
+
+
 def adapter_parameters(
     chunks: Sequence[nn.Module],
 ) -> Iterator[tuple[AdapterEntry, nn.Parameter]]:

@@ -1,8 +1,13 @@
 """The adapters of one Megatron linear layer: ``out + scaling * B A dropout(x)``.
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685. The adapters of fused matrices are computed
-together: one product with all ``A``, one communication of that narrow result, and one product with
-all ``B``, laid out like the fused rows, that is added to the layer's output in the same kernel.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685. With DoRA (Liu et al. 2024,
+https://arxiv.org/abs/2402.09353) each row of ``W + scaling * B A`` is divided by its length, which
+is held constant in the backward pass, and multiplied by a trained magnitude; unlike in `peft`,
+dropout then does not touch what ``W`` alone gives.
+
+The adapters of fused matrices are computed together: one product with all ``A``, one communication
+of that narrow result, and one product with all ``B``, laid out like the fused rows, that is added
+to the layer's output in the same kernel.
 """
 
 import hashlib
@@ -56,10 +61,19 @@ class LinearAdapter(nn.Module):
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel
         self._column = fusion.parallel == "column"
-        weight = base.weight
-        assert isinstance(weight, Tensor)
+        # In a tuple, so that PyTorch does not count the layer among the adapters' modules.
+        self._base = (base,)
+        self._squares: tuple[tuple[int, int], Tensor] | None = None
+        weight = self.base_weight
         for entry in self.entries:
             self.register_parameter(parameter_name(entry), self._parameter(entry, weight, seed))
+
+    @property
+    def base_weight(self) -> Tensor:
+        """This rank's share of the weight that is adapted."""
+        weight = self._base[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def _parameter(self, entry: AdapterEntry, like: Tensor, seed: int) -> nn.Parameter:
         """This rank's share of a tensor with its first value, marked as Megatron's norm needs."""
@@ -95,15 +109,91 @@ class LinearAdapter(nn.Module):
             Same shape and type as `out`.
         """
         low = self._communicate(self._down(x))
+        bias = self._base[0].bias if self.lora.use_dora else None
+        if bias is not None:  # the length of a row is no business of its bias
+            assert isinstance(bias, Tensor)
+            out = out - bias
         added = torch.addmm(
             out.flatten(0, -2), low.flatten(0, -2), self._up().t(), alpha=self.scaling
-        )
-        return added.view_as(out)
+        ).view_as(out)
+        if self.lora.use_dora:
+            added = added * self._ratio()
+        return added if bias is None else added + bias
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """What the adapters add to this rank's share of the fused weight, in FP32."""
-        return self.scaling * (self._up().float() @ self._all_a().float())
+        """What the adapters add to this rank's share of the fused weight, in FP32.
+
+        Collective over tp with DoRA.
+        """
+        change = self.scaling * (self._up().float() @ self._all_a().float())
+        if not self.lora.use_dora:
+            return change
+        weight, ratio = self.base_weight.float(), self._ratio().float().unsqueeze(1)
+        return ratio * change + (ratio - 1.0) * weight
+
+    @torch.no_grad()
+    def start_magnitudes(self) -> None:
+        """Set magnitudes that have no value yet to the lengths of the rows. Collective over tp."""
+        lengths = self._by_target(self._lengths()) if self.lora.use_dora else {}
+        for target, length in lengths.items():
+            magnitude = self._tensor(target, "lora_magnitude_vector")
+            if not magnitude.any():
+                magnitude.copy_(length)
+
+    def _ratio(self) -> Tensor:
+        """Magnitude over length of each row of the fused weight; 1 where nothing is adapted."""
+        lengths = self._lengths()
+        known = self._by_target(lengths)
+        magnitudes: dict[str, Tensor] = {
+            target: self._tensor(target, "lora_magnitude_vector") / known[target].to(lengths.dtype)
+            for target in known
+        }
+        groups = self._groups()
+        blocks = [
+            magnitudes[target].view(groups, rows)
+            if target in magnitudes
+            else lengths.new_ones(groups, rows)
+            for target, rows in zip(self.fusion.targets, self._rows(), strict=True)
+        ]
+        return torch.cat(blocks, dim=1).flatten()
+
+    def _by_target(self, rows: Tensor) -> dict[str, Tensor]:
+        """Cut a value of each row of the fused weight into those of the adapted matrices."""
+        blocks = torch.split(rows.view(self._groups(), -1), self._rows(), dim=1)
+        parts = zip(self.fusion.targets, blocks, strict=True)
+        return {target: part.flatten() for target, part in parts if target in self.targets}
+
+    @torch.no_grad()
+    def _lengths(self) -> Tensor:
+        """Length of each row of ``W + scaling * B A``, in the type of `W`. Collective over tp.
+
+        The squared length is ``|w|² + 2 s b·(A w) + s² b·(A Aᵀ b)`` for a row ``w`` and its ``b``:
+        unlike the sum itself it needs no more memory than the adapters. The first term stays.
+        """
+        weight, a, up = self.base_weight, self._all_a(), self._up().float()
+        version = weight.data_ptr(), weight._version
+        if self._squares is None or self._squares[0] != version:
+            squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+            self._squares = version, squares
+        cross = ((weight @ a.t()).float() * up).sum(1)
+        square = ((up @ (a.float() @ a.float().t())) * up).sum(1)
+        total = self._squares[1] + 2 * self.scaling * cross + self.scaling**2 * square
+        if not self._column and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(total, group=self.tp_group)
+        # Lengths of real matrices are nowhere near zero; rounding must not make a root imaginary.
+        return total.clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(weight.dtype)
+
+    def _groups(self) -> int:
+        """How often the order of matrices repeats in this rank's rows."""
+        size = self.tp_group.size() if self._column else 1
+        # Key/value heads are shared out whole; gate and up are each cut.
+        return max(self.fusion.groups // size, 1)
+
+    def _rows(self) -> list[int]:
+        """Rows of each matrix in one group of this rank's rows."""
+        size = self.tp_group.size() if self._column and self.fusion.groups == 1 else 1
+        return [rows // size for rows in self.fusion.rows]
 
     def _down(self, x: Tensor) -> Tensor:
         """``A dropout(x)`` of all adapters, ``[s, b, adapters * rank]``."""
@@ -151,13 +241,10 @@ class LinearAdapter(nn.Module):
         """
         if len(self.fusion.targets) == 1:
             return self._tensor(self.targets[0], "lora_B")
-        size = self.tp_group.size() if self._column else 1
-        # Key/value heads are shared out whole; gate and up are each cut.
-        groups = max(self.fusion.groups // size, 1)
+        groups = self._groups()
         rank, count = self._tensor(self.targets[0], "lora_A").size(0), len(self.targets)
         blocks = []
-        for target, rows in zip(self.fusion.targets, self.fusion.rows, strict=True):
-            rows = rows if self.fusion.groups > 1 else rows // size
+        for target, rows in zip(self.fusion.targets, self._rows(), strict=True):
             if target in self.targets:
                 place = self.targets.index(target)
                 part = self._tensor(target, "lora_B").view(groups, -1, rank)
