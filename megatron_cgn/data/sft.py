@@ -33,18 +33,20 @@ from megatron_cgn.data.sft_packs import (
     open_packs,
 )
 from megatron_cgn.data.sft_pools import epochs_of, held_out_of, make_pools, shares_of
-from megatron_cgn.data.sft_selection import Reading, Selection, counted_labels, select
-from megatron_cgn.data.sft_sources import (
-    OpenedFile,
-    SftSource,
+from megatron_cgn.data.sft_selection import (
+    Reading,
+    Selection,
     Tally,
-    open_files,
-    sources_of,
+    counted_labels,
+    select,
 )
+from megatron_cgn.data.sft_sources import OpenedFile, SftSource, open_files, sources_of
 from megatron_cgn.data.sft_store import Report, SftStore, build_store, open_store
 from megatron_cgn.data.sources import exact
 from tokenizer.chat import ChatTemplate
 from tokenizer.wrapper import Tokenizer
+
+_COUNTED_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,18 +173,14 @@ class Conversations:
 
     def tally(self, numbers: npt.NDArray[np.integer[Any]]) -> tuple[Tally, ...]:
         """Count conversations file by file, as often as each is given."""
-        times = np.bincount(numbers, minlength=int(self.bases[-1]))
-        result = []
-        for file, begin, end in zip(self._files, self.bases, self.bases[1:], strict=False):
-            mine = times[begin:end]
-            result.append(
-                Tally(
-                    conversations=int(mine.sum()),
-                    tokens=int((mine * file.selection.places).sum()),
-                    counted=int((mine * file.selection.counted).sum()),
-                )
-            )
-        return tuple(result)
+        totals = [Tally() for _ in self._files]
+        for begin in range(0, len(numbers), _COUNTED_AT_ONCE):
+            part = numbers[begin : begin + _COUNTED_AT_ONCE]
+            owners = np.searchsorted(self.bases, part, side="right") - 1
+            for place, file in enumerate(self._files):
+                mine = part[owners == place] - self.bases[place]
+                totals[place] += file.selection.tally(mine)
+        return tuple(totals)
 
     def _place(self, number: int) -> tuple[_File, int]:
         place = int(np.searchsorted(self.bases, number, side="right")) - 1

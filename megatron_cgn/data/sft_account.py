@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_cgn.data.account import aligned
 from megatron_cgn.data.sft import SftData, SftPlan
-from megatron_cgn.data.sft_sources import SftFile, SftSource, Tally
+from megatron_cgn.data.sft_selection import Tally
+from megatron_cgn.data.sft_sources import SftFile, SftSource
 
 ACCOUNT_FILE = "sft.json"
 """Name of the account, in a run's directory as planned and in a checkpoint as consumed."""
@@ -92,9 +93,16 @@ class SftHistory(dict[str, Any]):
     A run may become longer or shorter. What it reads, and in which order, may not change.
     """
 
-    def __init__(self, plan: SftPlan) -> None:
-        """Record a plan."""
+    def __init__(self, plan: SftPlan, *, encoding: str = "") -> None:
+        """Record a plan.
+
+        Args:
+            plan: The plan.
+            encoding: Stands for tokenizer and template, which a checkpoint tells of by themselves:
+                where they differ, all conversations do, and need not be told of too.
+        """
         super().__init__(
+            encoding=encoding,
             order=plan.order_key,
             sequences=plan.sequences,
             global_batch_size=plan.global_batch_size,
@@ -123,6 +131,8 @@ class SftHistory(dict[str, Any]):
             assert isinstance(written, Mapping)
             if written["global_batch_size"] != self["global_batch_size"]:
                 return None  # told by a field of its own
+            if written["encoding"] != self["encoding"]:
+                return None  # likewise
             found = [*_length(written, self, consumed_sequences), *_changes(written, self)]
             if not found and written["order"] != self["order"]:
                 found = ["files have other weights, or another version made the order; restore it"]

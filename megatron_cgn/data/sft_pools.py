@@ -130,7 +130,7 @@ def _identity(parts: Iterable[tuple[OpenedFile, npt.NDArray[np.int64]]]) -> str:
 
 
 def _tokens(members: _Members) -> int:
-    return sum(file.tally(file.training).tokens for file, _ in members)
+    return sum(file.selection.tally(file.training).tokens for file, _ in members)
 
 
 def _nothing_left(name: str, members: _Members) -> str:

@@ -8,7 +8,7 @@ counted one, as a sequence of pre-training has ``seq_length`` labels.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,26 @@ KEPT, TRUNCATED, TOO_LONG, NOTHING_COUNTED = range(4)
 _CHUNK = 1 << 16
 
 type Truncation = Literal["error", "drop", "keep_start", "keep_end"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """Some conversations, counted."""
+
+    conversations: int = 0
+    """How many."""
+    tokens: int = 0
+    """Places they take of rows, in all."""
+    counted: int = 0
+    """Tokens of these whose prediction counts."""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        """Both together."""
+        return Tally(
+            conversations=self.conversations + other.conversations,
+            tokens=self.tokens + other.tokens,
+            counted=self.counted + other.counted,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +90,15 @@ class Selection:
     def read(self) -> npt.NDArray[np.bool_]:
         """Which conversations are read, bool ``[N]``."""
         return self.state <= TRUNCATED
+
+    def tally(self, which: npt.NDArray[np.integer[Any]]) -> Tally:
+        """Count some conversations, as often as each is given."""
+        places = self.stop[which] - self.begin[which] - np.int32(1)
+        return Tally(
+            conversations=len(which),
+            tokens=int(places.sum(dtype=np.int64)),
+            counted=int(self.counted[which].sum(dtype=np.int64)),
+        )
 
 
 def select(store: SftStore, reading: Reading) -> Selection:

@@ -22,6 +22,7 @@ from megatron_cgn.data.sft_selection import (
     TRUNCATED,
     Reading,
     Selection,
+    Tally,
     select,
 )
 from megatron_cgn.data.sft_store import SftStore, open_store
@@ -31,26 +32,6 @@ from megatron_cgn.errors import ConfigError, DataError
 _SHOWN = 10
 
 type Numbers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
-    """Some conversations, counted."""
-
-    conversations: int = 0
-    """How many."""
-    tokens: int = 0
-    """Places they take of rows, in all."""
-    counted: int = 0
-    """Tokens of these whose prediction counts."""
-
-    def __add__(self, other: "Tally") -> "Tally":
-        """Both together."""
-        return Tally(
-            conversations=self.conversations + other.conversations,
-            tokens=self.tokens + other.tokens,
-            counted=self.counted + other.counted,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,14 +124,6 @@ class OpenedFile:
         found: npt.NDArray[np.uint64] = self.store.rows["question"]
         return found
 
-    def tally(self, which: Numbers) -> Tally:
-        """Count some conversations."""
-        return Tally(
-            conversations=len(which),
-            tokens=int(self.selection.places[which].sum(dtype=np.int64)),
-            counted=int(self.selection.counted[which].sum(dtype=np.int64)),
-        )
-
     def describe(self, known_questions: int) -> SftFile:
         """What is known of it once it is divided."""
         states = np.bincount(self.selection.state, minlength=NOTHING_COUNTED + 1)
@@ -162,8 +135,8 @@ class OpenedFile:
             truncated=int(states[TRUNCATED]),
             too_long=int(states[TOO_LONG]),
             nothing_counted=int(states[NOTHING_COUNTED]),
-            training=self.tally(self.training),
-            held_out=self.tally(self.held_out),
+            training=self.selection.tally(self.training),
+            held_out=self.selection.tally(self.held_out),
             known_questions=known_questions,
         )
 
