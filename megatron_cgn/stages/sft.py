@@ -47,7 +47,7 @@ def run(run: RunConfig) -> None:
     """
     architecture = common.open_architecture(run)
     tokenizer = Tokenizer.from_pretrained(common.model_path(run))
-    chat = ChatTemplate.open(common.model_path(run), template=run.chat.template)
+    chat = common.open_template(run)
     common.check_start(run, architecture, tokenizer)
     backend = "native" if run.lora.rank is not None else resolve_backend(run.model.backend)
     check_packing(backend, cp_size=run.parallel.context_parallel_size)
@@ -165,8 +165,7 @@ class _TokensRead:
 def _describe(
     engine: Engine, data: SftData, chat: ChatTemplate, resumed: Path | None
 ) -> Iterator[str]:
-    """Say what is trained, on what, and what differs from the run before."""
-    yield from common.describe_trained(engine)
+    """Say what is trained on, and what differs from the run before."""
     ends = ", ".join(
         repr(chat.decode([i], skip_special_tokens=False)) for i in chat.end_of_turn_ids
     )
@@ -190,13 +189,12 @@ def _fit(engine: Engine, data: SftData, tokenizer: Tokenizer, chat: ChatTemplate
 
     What adapters must share, the engine tells itself.
     """
-    run = engine.run
+    encoding = {"tokenizer": tokenizer.fingerprint(), "chat.template": chat.fingerprint()}
     return common.base_fit(
         engine.architecture,
+        **encoding,
         **{
-            "tokenizer": tokenizer.fingerprint(),
-            "chat.template": chat.fingerprint(),
-            "train.global_batch_size": run.train.global_batch_size,
-            _PLAN: SftHistory(data.plan),
+            "train.global_batch_size": engine.run.train.global_batch_size,
+            _PLAN: SftHistory(data.plan, encoding="/".join(encoding.values())),
         },
     )

@@ -96,6 +96,7 @@ def train[B](engine: Engine, course: Course[B]) -> None:
     )
     messages = [
         common.describe_engine(engine),
+        *common.describe_trained(engine),
         *common.describe_groups(engine),
         *course.describe(resumed),
     ]

@@ -22,7 +22,7 @@ def _refused(ended: Ended, output: Path, *texts: str) -> None:
     """Every rank exits 2; standard error is the one message; nothing was left behind."""
     assert set(ended.codes) == {2}, ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr
-    assert ended.stderr.count("error: ") == 1, ended.stderr
+    assert sum(line.startswith("error: ") for line in ended.stderr.splitlines()) == 1, ended.stderr
     for text in texts:
         assert text in ended.stderr, ended.stderr
     if output.is_dir():
@@ -211,7 +211,7 @@ CHANGES: dict[str, tuple[Sequence[str], Callable[[TinyChats], object], tuple[str
     "other rank": (
         ["lora.rank=2"],
         lambda _: None,
-        ("lora.rank: checkpoint 4, this run 2", "lora.scaling"),
+        ("lora.rank: checkpoint 4, this run 2",),
     ),
     "no adapters": (["lora.rank=null", "lora.alpha=null"], lambda _: None, ("adapters only",)),
     "other template": (
@@ -254,6 +254,8 @@ def test_resuming_with_something_else(
     for text in ("step_0000002", *texts):
         assert text in ended.stderr, ended.stderr
     assert records(output) == before
+    if name == "other template":  # all conversations differ then, which is not said as well
+        assert "data.plan" not in ended.stderr, ended.stderr
 
 
 def test_a_checkpoint_of_adapters_is_no_model(
