@@ -24,7 +24,7 @@ from tokenizer.chat import ChatTemplate, EncodedChat
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 """Of the lengths, as they are shown; the last is the longest."""
-_DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,]*")
+_DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\b\d[\d,]*\b")
 _COUNTED, _NORMAL = "\x1b[1;32m", "\x1b[0m"
 
 

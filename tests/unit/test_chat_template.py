@@ -1,6 +1,7 @@
 """Conversations to ids and turns, held against transformers' own."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.unit.chat_samples import (
 )
 from tokenizer.chat import ChatTemplate, Message, bundled_templates
 
+ROOT = Path(__file__).parents[2]
 EXAMPLES = settings(
     max_examples=30,
     deadline=None,
@@ -304,6 +306,12 @@ BUNDLED = {
 
 def test_every_bundled_template_is_tested() -> None:
     assert set(BUNDLED) == set(bundled_templates())
+
+
+def test_bundled_templates_are_installed_with_the_package() -> None:
+    settings_ = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (pattern,) = settings_["package-data"]["tokenizer"]
+    assert {file.stem for file in (ROOT / "tokenizer").glob(pattern)} == set(bundled_templates())
 
 
 @pytest.mark.parametrize("name", list(BUNDLED))
