@@ -27,6 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_cgn.errors import ConfigError
 from megatron_cgn.model.cache import DecodeRow, PrefillRow, attend_cached
+from megatron_cgn.model.matmul import product_dtype
 from megatron_cgn.model.packing import PackedRow, Span
 
 
@@ -176,6 +177,11 @@ def attend(
     Returns:
         ``[b, n, q, d]``.
     """
+    dtype = product_dtype(query)
+    if dtype != query.dtype:
+        # Conversion is a tenth of what this CPU's half-precision kernel takes longer.
+        wide = (x.to(dtype) for x in (query, key, value))
+        return attend(*wide, causal=causal, scale=scale).to(query.dtype)
     groups = query.size(1) // key.size(1)
     if groups > 1 and query.is_cuda and not _has_flash(query):
         # Only the flash kernels group queries; without them PyTorch would fall back to

@@ -8,7 +8,6 @@ import functools
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,6 +19,10 @@ from torch.nn import functional as F
 
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.attention import NativeAttention
+from megatron_cgn.model.native_linear import (
+    NativeColumnParallelLinear,
+    NativeRowParallelLinear,
+)
 
 
 class NativeRMSNorm(nn.Module):
@@ -72,16 +75,18 @@ def native_layer_spec(architecture: Architecture) -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=NativeColumnParallelLinear,
             core_attention=NativeAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=NativeRowParallelLinear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
     )
     mlp = functools.partial(
         MLP.as_mlp_submodule,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(
+            linear_fc1=NativeColumnParallelLinear, linear_fc2=NativeRowParallelLinear
+        ),
         ffn_hidden_size=architecture.ffn_hidden_size,
     )
     return ModuleSpec(
