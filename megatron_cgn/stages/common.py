@@ -28,7 +28,7 @@ from megatron_cgn.engine.metrics import (
     before_after_table,
     read_records,
 )
-from megatron_cgn.errors import CheckpointError, ConfigError, DataError, ModelError
+from megatron_cgn.errors import CheckpointError, ConfigError, ModelError
 from megatron_cgn.hf.adapter import export_adapter, load_adapter
 from megatron_cgn.hf.adapter_file import AdapterFile
 from megatron_cgn.hf.config import read_architecture
@@ -39,7 +39,6 @@ from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import adapter_entries
 from megatron_cgn.model.size import parameter_count
 from megatron_cgn.parallel.reduce import first_problem
-from tokenizer.chat import ChatTemplate
 from tokenizer.wrapper import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -82,18 +81,6 @@ def open_architecture(run: RunConfig) -> Architecture:
     validate_architecture(run, architecture)
     configured_groups(run, architecture)
     return architecture
-
-
-def open_template(run: RunConfig) -> ChatTemplate:
-    """Open the chat template of the run.
-
-    Raises:
-        DataError: If there is none, or it cannot be trained on.
-    """
-    try:
-        return ChatTemplate.open(model_path(run), template=run.chat.template)
-    except DataError as error:
-        raise DataError(f"chat.template: {error}") from error
 
 
 def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer) -> None:

@@ -47,7 +47,7 @@ def run(run: RunConfig) -> None:
     """
     architecture = common.open_architecture(run)
     tokenizer = Tokenizer.from_pretrained(common.model_path(run))
-    chat = common.open_template(run)
+    chat = ChatTemplate.open(common.model_path(run), template=run.chat.template)
     common.check_start(run, architecture, tokenizer)
     backend = "native" if run.lora.rank is not None else resolve_backend(run.model.backend)
     check_packing(backend, cp_size=run.parallel.context_parallel_size)
