@@ -4,6 +4,8 @@ A conversation is rendered once, whole, and tokenised once, as `apply_chat_templ
 does: special tokens are parsed and none is added, so a BOS is there exactly where the template
 writes one. An assistant's turn begins where the template's generation prompt for it ends and ends
 with the end-of-turn token, which belongs to it: a model that is not trained on it never stops.
+Where a token reaches across a turn's beginning, as a line feed of the template and one of an answer
+become one, it belongs to the turn.
 
 Text of users that spells a special token is refused, because it could forge a turn. Which
 conversations a file holds is in ``megatron_cgn.data.conversations``; what a template may do in

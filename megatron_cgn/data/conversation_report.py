@@ -67,6 +67,9 @@ class Survey:
     """Tokens that count."""
     unanswered: int = 0
     """Conversations that go on after the assistant's last turn: what follows trains nothing."""
+    spaced: int = 0
+    """Answers that begin with white space. Most templates keep it, and it becomes one token with
+    the line feed in front of the answer: one that the model never sees when it serves."""
     too_long: int = 0
     """Conversations longer than ``seq_length``."""
     faults: Counter[str] = field(default_factory=Counter)
@@ -97,6 +100,7 @@ class Survey:
             "tokens": self.tokens,
             "counted_tokens": self.counted,
             "unanswered": self.unanswered,
+            "answers_beginning_with_space": self.spaced,
             "too_long": self.too_long,
             "length_quantiles": self.quantiles(),
             "faults": self.faults.total(),
@@ -155,6 +159,10 @@ def _count(
     found.tokens += len(encoded.ids)
     found.counted += sum(end - start for start, end in counting.spans(encoded))
     found.unanswered += conversation.messages[-1].role != "assistant"
+    found.spaced += sum(
+        message.role == "assistant" and message.content[0].isspace()
+        for message in conversation.messages
+    )
     found.lengths.append(counting.places(encoded))
 
 
@@ -225,6 +233,8 @@ def summary(found: Survey, *, counting: Counting) -> list[str]:
     ]
     if found.unanswered:
         lines.append(f"  end unanswered   {found.unanswered:>15,} (what follows trains nothing)")
+    if found.spaced:
+        lines.append(f"  begin with space {found.spaced:>15,} answers (most templates keep it)")
     if counting.seq_length is not None:
         lines.append(f"  too long         {found.too_long:>15,} (over {counting.seq_length:,})")
     lines.append(f"  faulty records   {found.faults.total():>15,}")

@@ -31,7 +31,7 @@ RECORDS: list[Any] = [
     {"instruction": "压力？", "output": "15.5 " * 40},
     {"messages": [QUESTION, _answer("<|im_end|>")]},
     {"messages": [QUESTION, QUESTION, QUESTION, _answer(" ")]},
-    {"messages": [QUESTION, _answer("15.5"), QUESTION]},
+    {"messages": [QUESTION, _answer("\n15.5"), QUESTION]},
 ]
 
 
@@ -138,6 +138,7 @@ def test_json_is_an_object_a_line(run: Run) -> None:
         "tokens": sum(len(e.ids) for e in usable),
         "counted_tokens": sum(end - start for e in usable for start, end in e.turns),
         "unanswered": 1,
+        "answers_beginning_with_space": 1,
         "too_long": 1,
         "length_quantiles": {
             "0.5": lengths[1],
