@@ -13,6 +13,8 @@ ACCOUNT_FILE = "sft.json"
 """Name of the account, in a run's directory as planned and in a checkpoint as consumed."""
 FORMAT = 1
 """Version of the record."""
+_MUCH = 0.05
+"""Share of a file's conversations whose loss is a warning."""
 
 
 def account_of(data: SftData, *, consumed: int | None = None) -> dict[str, Any]:
@@ -277,7 +279,11 @@ def _left_out(source: SftSource, plan: SftPlan) -> Iterator[str]:
         if file.nothing_counted:
             what.append(f"{file.nothing_counted:,} left out, with no token that counts")
         if what:
-            yield f"{file.path}: of {file.records:,} conversations {', '.join(what)}"
+            much = file.too_long + file.nothing_counted > _MUCH * file.records
+            yield (
+                f"{'warning: ' if much else ''}{file.path}: of {file.records:,} conversations "
+                f"{', '.join(what)}"
+            )
         if file.known_questions:
             yield (
                 f"warning: {file.path}: {file.known_questions:,} of "

@@ -61,12 +61,11 @@ def make_pools(
     shares = shares_of(run)
     tokens = {name: _tokens(members) for name, members in by_source.items()}
     read = {name: tokens[name] for name in (shares or tokens)}
-    empty = [name for name, count in read.items() if not count]
-    if empty and (shares is not None or len(empty) == len(read)):
+    if empty := [name for name, count in read.items() if not count]:
         raise DataError("\n".join(_nothing_left(name, by_source[name]) for name in empty))
     total = sum(read.values())
     if shares is None:
-        shares_now = {name: Fraction(count, total) for name, count in read.items() if count}
+        shares_now = {name: Fraction(count, total) for name, count in read.items()}
         return _put_together(by_source, shares_now, joined=True), float(total)
     base = epochs_of(run)
     epoch = float(total) if base is None else tokens[base] * float(1 / shares[base])

@@ -100,7 +100,8 @@ def build_store(
 ) -> Path:
     """Encode a file's conversations, unless that has been done.
 
-    Takes the memory of some hundred conversations.
+    No faulty record is passed over: what is wrong with one is most often wrong with a part of the
+    file that somebody counts on. Takes the memory of some hundred conversations.
 
     Args:
         path: File of conversations.

@@ -249,6 +249,7 @@ def test_truncation(world: World, tmp_path: Path) -> None:
             uncounted,
         )
         told = "\n".join(describe(plan))
+        assert (f"warning: {world_path}: of 4" in told) == bool(too_long or uncounted)
         assert (f"{too_long} left out, longer" in told) == bool(too_long)
         assert (f"{truncated} truncated (chat.truncation={how})" in told) == bool(truncated)
 
@@ -361,6 +362,9 @@ def test_faults_of_settings_and_files(world: World) -> None:
         world.plan(sft_run([source("a", a)], epochs=1, phases=phases))
     with pytest.raises(DataError, match=r"data.sources\[a\]: nothing is left"):
         world.plan(sft_run([source("a", a)], epochs=1, seq_length=2))
+    long = source("long", world.write("long", [record("long", ("q", "steam " * 400))]))
+    with pytest.raises(DataError, match=r"data.sources\[long\]: nothing is left"):
+        world.plan(sft_run([source("a", a), long], epochs=1))
 
 
 def test_the_account_counts_what_was_read(world: World) -> None:
