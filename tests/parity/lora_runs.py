@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from engine_runs import GLOBAL_BATCH, LENGTH, OPTIM, STEPS, VOCABULARY, global_batch, micro_batches
+from megatron.core import tensor_parallel
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -37,6 +38,7 @@ from megatron_cgn.engine.engine import Engine, StepReport
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.load import load_weights
 from megatron_cgn.model.lora import adapter_parameters, adapters_off, trained_whole
+from megatron_cgn.model.lora_linear import REPLICATED_RNG, SHARDED_RNG
 from megatron_cgn.objectives.next_token import NextToken
 from megatron_cgn.parallel.state import initialize_parallel, shutdown_parallel
 from megatron_cgn.testing import release_engine
@@ -98,6 +100,7 @@ class LoraOutcome:
     frozen_before: str
     frozen_after: str
     off_is_base: bool
+    draws: tuple[float, ...] = ()
     stored: tuple[str, ...] = ()
 
 
@@ -193,6 +196,7 @@ def run_case(name: str, case: LoraCase, path: Path, root: Path) -> LoraOutcome:
         frozen_before=frozen_before,
         frozen_after=frozen_digest(engine),
         off_is_base=_off_is_base(engine, case),
+        draws=_draws() if case.lora.dropout else (),
         stored=stored,
     )
     release_engine(engine)
@@ -250,6 +254,15 @@ def frozen_digest(engine: Engine) -> str:
                 assert parameter.grad is None and not hasattr(parameter, "main_grad")
                 digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _draws() -> tuple[float, ...]:
+    """The next number of each random state of dropout."""
+    drawn = []
+    for name in (REPLICATED_RNG, SHARDED_RNG):
+        with tensor_parallel.get_cuda_rng_tracker().fork(name):
+            drawn.append(float(torch.rand(())))
+    return tuple(drawn)
 
 
 def _off_is_base(engine: Engine, case: LoraCase) -> bool:

@@ -35,11 +35,14 @@ NEW_ROWS = (
         trained_until_step=0,
     ),
 )
+DORA = dataclasses.replace(LORA, use_dora=True, targets=("q_proj", "v_proj", "o_proj", "up_proj"))
+DROPPED = dataclasses.replace(LORA, dropout=0.3)
 TIED = dataclasses.replace(LORA, modules_to_save=("embed_tokens",))
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 _bias: dict[str, Any] = {"model": "qwen2-tied-bias", "lora": BIAS}
 _qk: dict[str, Any] = {"model": "qwen3-qk-norm", "lora": QK}
+_dora: dict[str, Any] = {"model": "qwen2-tied-bias", "lora": DORA}
 _rows: dict[str, Any] = {"lora": ROWS, "groups": NEW_ROWS}
 _tied: dict[str, Any] = {"model": "qwen2-tied-bias", "lora": TIED}
 CASES: dict[str, LoraCase] = {
@@ -47,6 +50,7 @@ CASES: dict[str, LoraCase] = {
     "one-full-packed": LoraCase(recompute="full", packed=True),
     "one-bias": LoraCase(**_bias),
     "one-qk": LoraCase(**_qk),
+    "one-dora": LoraCase(**_dora),
     "one-rows": LoraCase(**_rows),
     "one-tied": LoraCase(**_tied),
     "tp2": LoraCase(world=2, parallel=layout(tp=2), saves=True),
@@ -54,6 +58,12 @@ CASES: dict[str, LoraCase] = {
         world=2, parallel=layout(tp=2, sequence_parallel=True), recompute="full", packed=True
     ),
     "tp2-sp-qk": LoraCase(world=2, parallel=layout(tp=2, sequence_parallel=True), **_qk),
+    "tp2-dora": LoraCase(world=2, parallel=layout(tp=2), **_dora),
+    "tp2-sp-dora": LoraCase(world=2, parallel=layout(tp=2, sequence_parallel=True), **_dora),
+    "tp2-dropout": LoraCase(world=2, parallel=layout(tp=2), lora=DROPPED, recompute="full"),
+    "tp2-sp-dropout": LoraCase(
+        world=2, parallel=layout(tp=2, sequence_parallel=True), lora=DROPPED
+    ),
     "tp2-rows": LoraCase(world=2, parallel=layout(tp=2), **_rows),
     "pp2-bias": LoraCase(world=2, parallel=layout(pp=2), micro_batch_size=1, **_bias),
     "pp2-tied": LoraCase(world=2, parallel=layout(pp=2), **_tied),
@@ -105,7 +115,7 @@ def reference(
             first_row=FIRST_NEW if case.groups else 0,
         )
         for name, case in CASES.items()
-        if name in ("one", "one-bias", "one-qk", "one-rows", "one-tied")
+        if name in ("one", "one-bias", "one-qk", "one-dora", "one-rows", "one-tied")
     }
 
 
@@ -120,7 +130,7 @@ def test_the_reference_clips_some_steps_only_and_changes_every_adapter(
         )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name, c in CASES.items() if not c.lora.dropout])
 def test_every_layout_is_peft(
     ranks: dict[str, list[LoraOutcome]], reference: dict[LoraConfig, PeftOutcome], case: str
 ) -> None:
@@ -153,6 +163,19 @@ def test_without_its_adapters_the_model_is_the_base_bit_for_bit(
     ranks: dict[str, list[LoraOutcome]], case: str
 ) -> None:
     assert all(rank.off_is_base for rank in ranks[case])
+
+
+@pytest.mark.parametrize("case", ["tp2-dropout", "tp2-sp-dropout"])
+def test_dropout_keeps_copies_alike_and_draws_its_own_for_what_is_split(
+    ranks: dict[str, list[LoraOutcome]], case: str
+) -> None:
+    first, second = ranks[case]
+    join([first.last, second.last])  # copies would part if an input were dropped differently
+    assert first.draws[0] == second.draws[0] and first.draws[1] != second.draws[1]
+    assert first.draws[0] != first.draws[1]
+    without = ranks["one"][0].losses
+    assert first.losses[0] == pytest.approx(without[0], rel=FP32_PARALLEL_RTOL)  # B is zero
+    assert first.losses[3:] != pytest.approx(without[3:], rel=1e-4)
 
 
 def test_rows_of_old_tokens_stay_bit_for_bit(ranks: dict[str, list[LoraOutcome]]) -> None:
