@@ -1,8 +1,9 @@
 """Megatron's parallel linear layers with products in the type that is fastest.
 
-On a GPU, and in FP32, they are Megatron's own in every respect. On a CPU whose BF16 kernels are
-slower than its FP32 ones (see `matmul.py`) operands are converted for each product; what is kept
-for the backward pass stays in the run's type. Communication is Megatron's, or equal to it.
+On a GPU they are Megatron's own in every respect. On a CPU weights' gradients go straight into
+Megatron's FP32 buffers, which saves passes over memory; and where its BF16 kernels are slower than
+its FP32 ones (see `matmul.py`) operands are converted for each product, and what is kept for the
+backward pass stays in the run's type. Communication is Megatron's, or equal to it.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ class NativeColumnParallelLinear(ColumnParallelLinear):
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Under sequence parallelism Megatron's own gathers and multiplies in one function.
-        if product_dtype(weight) == weight.dtype or self.sequence_parallel:
+        if weight.device.type != "cpu" or self.sequence_parallel:
             return super()._forward_impl(input, weight, *args, **kwargs)
         group = self.tp_group if self.allreduce_dgrad else None
         return _multiply(input, weight, kwargs["bias"], group=group, config=self.config)
@@ -30,7 +31,7 @@ class NativeRowParallelLinear(RowParallelLinear):
     """``x @ weight.T``, whose columns are shared out over tp."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if product_dtype(weight) == weight.dtype:
+        if weight.device.type != "cpu":
             return super()._forward_impl(input, weight, *args, **kwargs)
         return _multiply(input, weight, kwargs["bias"], group=None, config=self.config)
 
@@ -82,7 +83,7 @@ class _Multiply(torch.autograd.Function):
                 dist.all_reduce(by_x, group=ctx.group)
         if ctx.needs_input_grad[1]:
             inputs = x.flatten(0, -2).to(dtype)
-            if ctx.into_buffer:
+            if ctx.into_buffer and dtype == weight.main_grad.dtype:
                 weight.main_grad.addmm_(rows.t(), inputs)
             else:
                 by_weight = (rows.t() @ inputs).to(weight.dtype)
