@@ -117,7 +117,7 @@ class LinearAdapter(nn.Module):
             out.flatten(0, -2), low.flatten(0, -2), self._up().t(), alpha=self.scaling
         ).view_as(out)
         if self.lora.use_dora:
-            added = added * self._ratio()
+            added = added * self._ratio(self._lengths())
         return added if bias is None else added + bias
 
     @torch.no_grad()
@@ -129,21 +129,26 @@ class LinearAdapter(nn.Module):
         change = self.scaling * (self._up().float() @ self._all_a().float())
         if not self.lora.use_dora:
             return change
-        weight, ratio = self.base_weight.float(), self._ratio().float().unsqueeze(1)
-        return ratio * change + (ratio - 1.0) * weight
+        weight = self.base_weight.float()
+        merged = change.add_(weight)
+        # Not by `_lengths`, which are rounded to the type of the weight as the forward pass needs.
+        squares = merged.square().sum(1)
+        if not self._column and self.tp_group.size() > 1:
+            torch.distributed.all_reduce(squares, group=self.tp_group)
+        return merged.mul_(self._ratio(squares.sqrt_()).unsqueeze(1)).sub_(weight)
 
     @torch.no_grad()
     def start_magnitudes(self) -> None:
         """Set magnitudes that have no value yet to the lengths of the rows. Collective over tp."""
+        self._squares = None  # of weights before they were loaded
         lengths = self._by_target(self._lengths()) if self.lora.use_dora else {}
         for target, length in lengths.items():
             magnitude = self._tensor(target, "lora_magnitude_vector")
             if not magnitude.any():
                 magnitude.copy_(length)
 
-    def _ratio(self) -> Tensor:
+    def _ratio(self, lengths: Tensor) -> Tensor:
         """Magnitude over length of each row of the fused weight; 1 where nothing is adapted."""
-        lengths = self._lengths()
         known = self._by_target(lengths)
         magnitudes: dict[str, Tensor] = {
             target: self._tensor(target, "lora_magnitude_vector") / known[target].to(lengths.dtype)
