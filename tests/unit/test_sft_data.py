@@ -187,6 +187,8 @@ def lengths(world: World, run: RunConfig) -> dict[str, tuple[int, int]]:
         bounds = np.cumsum([0, *row.lengths])
         for name, begin, end in zip(ids, bounds, bounds[1:], strict=False):
             found[name] = (int(end - begin), int(row.loss_mask[begin:end].sum()))
+    (planned,) = data.plan.planned
+    assert (planned.tokens, planned.counted) == tuple(map(sum, zip(*found.values(), strict=True)))
     return found
 
 
