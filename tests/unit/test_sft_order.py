@@ -58,6 +58,13 @@ def test_epochs_have_orders_of_their_own() -> None:
     assert first.conversations.tolist() != list(range(50))
 
 
+def test_pools_of_one_size_have_orders_of_their_own() -> None:
+    half = Fraction(1, 2)
+    (window,) = take([pool("a", [5] * 50, half), pool("b", [5] * 50, half, first=50)], 1, size=100)
+    a, b = ([c % 50 for c in window.conversations.tolist() if c // 50 == who] for who in (0, 1))
+    assert sorted(a) == sorted(b) and a != b
+
+
 shares = st.lists(st.integers(1, 9), min_size=2, max_size=4).map(
     lambda weights: [Fraction(w, sum(weights)) for w in weights]
 )
