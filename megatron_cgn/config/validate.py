@@ -227,6 +227,8 @@ def _batch(run: RunConfig, world_size: int) -> Iterator[str]:
         value = getattr(t, name)
         if value is not None and value < 1:
             yield _at_least(f"train.{name}", 1, run)
+        elif name == "validation_interval_steps" and run.samples.prompts:
+            continue  # these are answered then, also where nothing is held out
         elif name.startswith("validation") and value and run.data.sources and not held_out:
             yield (
                 f"train.{name}: {value} has no effect, since nothing is held out; set "

@@ -599,6 +599,7 @@ def _message(call: Callable[[], None]) -> str:
         ({**SFT, "data.packing": False, "chat.last_turn_only": True, CP: 2}, 2),
         ({**SFT, "samples.prompts": ("q", "r", "s", "t"), "samples.max_new_tokens": 9}, 1),
         ({**SFT, "samples.count": 0, "data.mix": {"domain": 1.0}}, 1),
+        ({**SFT, "samples.prompts": ("q",), "train.validation_interval_steps": 5}, 1),
         (
             _groups(
                 {"rows": "new", "lr_mult": None},
