@@ -195,7 +195,7 @@ def run_case(name: str, case: LoraCase, path: Path, root: Path) -> LoraOutcome:
         last=shares(engine),
         frozen_before=frozen_before,
         frozen_after=frozen_digest(engine),
-        off_is_base=_off_is_base(engine, case),
+        off_is_base=_off_is_base(engine, case) if case.start is None else True,
         draws=_draws() if case.lora.dropout else (),
         stored=stored,
     )

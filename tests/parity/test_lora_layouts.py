@@ -47,26 +47,23 @@ _rows: dict[str, Any] = {"lora": ROWS, "groups": NEW_ROWS}
 _tied: dict[str, Any] = {"model": "qwen2-tied-bias", "lora": TIED}
 CASES: dict[str, LoraCase] = {
     "one": LoraCase(saves=True),
-    "one-full-packed": LoraCase(recompute="full", packed=True),
     "one-bias": LoraCase(**_bias),
     "one-qk": LoraCase(**_qk),
     "one-dora": LoraCase(**_dora),
-    "one-rows": LoraCase(**_rows),
-    "one-tied": LoraCase(**_tied),
+    "one-rows": LoraCase(saves=True, **_rows),
+    "one-tied": LoraCase(saves=True, **_tied),
     "tp2": LoraCase(world=2, parallel=layout(tp=2), saves=True),
     "tp2-sp-full-packed": LoraCase(
         world=2, parallel=layout(tp=2, sequence_parallel=True), recompute="full", packed=True
     ),
     "tp2-sp-qk": LoraCase(world=2, parallel=layout(tp=2, sequence_parallel=True), **_qk),
-    "tp2-dora": LoraCase(world=2, parallel=layout(tp=2), **_dora),
     "tp2-sp-dora": LoraCase(world=2, parallel=layout(tp=2, sequence_parallel=True), **_dora),
     "tp2-dropout": LoraCase(world=2, parallel=layout(tp=2), lora=DROPPED, recompute="full"),
     "tp2-sp-dropout": LoraCase(
         world=2, parallel=layout(tp=2, sequence_parallel=True), lora=DROPPED
     ),
-    "tp2-rows": LoraCase(world=2, parallel=layout(tp=2), **_rows),
-    "pp2-bias": LoraCase(world=2, parallel=layout(pp=2), micro_batch_size=1, **_bias),
-    "pp2-tied": LoraCase(world=2, parallel=layout(pp=2), **_tied),
+    "tp2-rows-from-one": LoraCase(world=2, parallel=layout(tp=2), start="one-rows", **_rows),
+    "pp2-tied-from-one": LoraCase(world=2, parallel=layout(pp=2), start="one-tied", **_tied),
     "pp2-interleaved-full": LoraCase(
         world=2, parallel=layout(pp=2, vp=2), micro_batch_size=1, recompute="full"
     ),
@@ -78,12 +75,6 @@ CASES: dict[str, LoraCase] = {
     "tp2-from-tp2": LoraCase(world=2, parallel=layout(tp=2), start="tp2"),
     "pp2-from-one": LoraCase(world=2, parallel=layout(pp=2), start="one"),
     "tp2-pp2": LoraCase(world=4, parallel=layout(tp=2, pp=2)),
-    "tp2-pp2-sp-interleaved-tied": LoraCase(
-        world=4,
-        parallel=layout(tp=2, pp=2, vp=2, sequence_parallel=True),
-        micro_batch_size=1,
-        **_tied,
-    ),
 }
 
 
