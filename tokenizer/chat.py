@@ -247,10 +247,11 @@ class ChatTemplate:
                     f"chat template {self.name} ends turn {number} of the assistant with none of "
                     "its end-of-turn tokens. Split the conversation there, or use another template."
                 )
-            if not text[start : last[0]].strip():
+            if end - first < 2 or not text[start : last[0]].strip():
                 return DataError(
                     f"chat template {self.name} leaves nothing of turn {number} of the assistant: "
-                    "only thoughts, which some templates drop. Write an answer after them."
+                    "some templates drop thoughts, and some tokenizers control characters. Write "
+                    "an answer besides."
                 )
             turns.append((first, end))
         return EncodedChat(ids, tuple(turns))

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = settings(
     max_examples=30,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 TWO_TURNS = (
     Message("user", "一回路压力是多少？"),
@@ -68,7 +68,8 @@ _PIECES += [
     "\\n",
 ]
 contents = st.lists(st.sampled_from(_PIECES), min_size=1, max_size=6).map("".join)
-_anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+# The demo's tokenizer drops some control characters, where transformers' mask then ends.
+_anything = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 # One that spells a token is refused, and empty ones are: see test_chat_faults.py.
 texts = st.one_of(contents, _anything).filter(lambda t: t.strip() and "<|im_end|>" not in t)
 
@@ -190,6 +191,13 @@ def _demo() -> tuple[ChatTemplate, PreTrainedTokenizerFast]:
     if not _OPENED:
         _OPENED.append((ChatTemplate.open(DEMO), _reference(DEMO)))
     return _OPENED[0]
+
+
+@needs_demo
+def test_an_answer_that_the_tokenizer_drops_is_a_fault() -> None:
+    chat, _ = _demo()
+    with pytest.raises(DataError, match="leaves nothing of turn 1 of the assistant"):
+        chat.encode((Message("user", "?"), Message("assistant", "\x06")))
 
 
 def test_a_batch_gives_what_one_by_one_gives(tmp_path: Path) -> None:

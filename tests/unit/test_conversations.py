@@ -190,7 +190,8 @@ def test_a_json_array(name: str, tmp_path: Path) -> None:
 @settings(
     max_examples=20,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # each writes the file anew
+    # Each example writes the file anew.
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     values=st.lists(
