@@ -76,10 +76,7 @@ def random_records(name: str, count: int, *, seed: int = 0, turns: int = 3) -> l
     return [
         record(
             f"{name}-{number}",
-            *(
-                (f"{name} {number} {words(8)}", words(12))
-                for turn in range(draw.randint(1, turns))
-            ),
+            *((f"{name} {number} {words(8)}", words(12)) for turn in range(draw.randint(1, turns))),
         )
         for number in range(count)
     ]
