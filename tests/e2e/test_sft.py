@@ -4,7 +4,6 @@ Eight steps read 39 conversations more than once: the second epoch begins on the
 """
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_chats import END_OF_TURN, TinyChats
-from train_runs import Run, Zygote, records, sft_overrides, wait_for
+from train_runs import Run, Zygote, records, sft_overrides
 
 from megatron_cgn.testing import FP32_PARALLEL_RTOL, HF_LOGITS_ATOL
 
@@ -151,16 +150,11 @@ def _samples(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
-def _steps_done(output: Path) -> int:
-    path = output / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    return max([0, *(int(line.split(":")[1].split(",")[0]) for line in lines if '"loss"' in line)])
-
-
 INTERRUPTED = {
-    "full": (signal.SIGTERM, "checkpoint.interval_steps=null"),
-    "lora-dropout-dp2": (signal.SIGKILL, "checkpoint.interval_steps=3"),
+    "full": (signal.SIGTERM, "checkpoint.interval_steps=null", 75, 5),
+    "lora-dropout-dp2": (signal.SIGKILL, "checkpoint.interval_steps=3", -signal.SIGKILL, 3),
 }
+"""What happens in the fifth step, where checkpoints are, how it ends, and where it goes on."""
 
 
 @pytest.mark.parametrize("name", INTERRUPTED)
@@ -169,33 +163,27 @@ def test_interrupted_it_reads_and_becomes_the_same(
 ) -> None:
     """Nothing is read twice, nothing is skipped, and the weights are equal bit for bit."""
     ranks, more = RUNS[name]
-    number, interval = INTERRUPTED[name]
+    number, interval, code, step = INTERRUPTED[name]
     arguments = sft_overrides(chats, tmp_path, f"train.train_iters={STEPS}", *more, interval)
 
-    def start(part: str) -> Run:
+    def start(part: str, signal_at: tuple[int, int] | None = None) -> Run:
+        (tmp_path / part).mkdir()
         return zygote.start(
             arguments,
             stderr=tmp_path / "stderr",
             ranks=ranks,
             record_ids=tmp_path / part / "read",
+            signal_at=signal_at,
         )
 
-    for part in ("first", "second"):
-        (tmp_path / part).mkdir()
-    run = start("first")
-    saved = tmp_path / "checkpoints" / "latest"
-    wait_for(
-        lambda: _steps_done(tmp_path) >= 4 and (number == signal.SIGTERM or saved.exists()), run
-    )
-    os.kill(run.pids[-1], number)
-    ended = run.wait(timeout_s=120)
-    if number == signal.SIGTERM:
-        assert ended.codes == [75], ended.stderr
+    # The last of the fifth step's four sequences, which the last rank reads.
+    ended = start("first", (19, number)).wait()
+    assert ended.codes[-1] == code, ended.stderr
     latest = json.loads((tmp_path / "checkpoints/latest/checkpoint.json").read_text())
-    assert 0 < latest["step"] < STEPS
+    assert latest["step"] == step
     ended = start("second").wait()
     assert ended.codes == [0] * ranks, ended.stderr
-    assert "resumed from" in ended.stderr
+    assert f"after step {step}" in ended.stderr
 
     consumed = latest["consumed_sequences"]
     before = _read(tmp_path / "first", ranks=ranks, upto=consumed)

@@ -98,6 +98,7 @@ class Zygote:
         ranks: int = 1,
         limit_bytes: int | None = None,
         record_ids: Path | None = None,
+        signal_at: tuple[int, int] | None = None,
     ) -> Run:
         """Start train.py on so many ranks, as torchrun would.
 
@@ -108,6 +109,8 @@ class Zygote:
             limit_bytes: Largest file they may write; None for no limit.
             record_ids: File that each rank adds the ids of what it reads to, behind a dot and its
                 number; None for none.
+            signal_at: With `record_ids`, a training sequence and the signal that the rank that
+                has just read it sends to itself; None for none.
         """
         stderr.parent.mkdir(parents=True, exist_ok=True)
         stderr.write_bytes(b"")
@@ -125,7 +128,8 @@ class Zygote:
             request = {
                 "argv": list(overrides),
                 "env": (environment if ranks > 1 else {})
-                | ({} if record_ids is None else {"RECORD_IDS": f"{record_ids}.{rank}"}),
+                | ({} if record_ids is None else {"RECORD_IDS": f"{record_ids}.{rank}"})
+                | ({} if signal_at is None else {"SIGNAL_AT": "{}:{}".format(*signal_at)}),
                 "stderr": str(stderr),
                 "limit_bytes": limit_bytes,
             }

@@ -7,7 +7,8 @@ Reads requests from standard input, one JSON object a line, and answers each wit
 
 Every run is a forked process with the modules imported but nothing built, in a session of its
 own. What follows the fork is train.py's own `main`. If the environment names a `RECORD_IDS` file,
-the ids of the conversations that each training sequence holds are written there when it is read.
+the ids of the conversations that each training sequence holds are written there when it is read;
+and with `SIGNAL_AT=SEQUENCE:SIGNAL` a run sends itself that signal when it has read that sequence.
 """
 
 import hashlib
@@ -53,6 +54,8 @@ def _record_ids(path: str) -> None:
     """Let training sequences write down what is read of them: number, ids, tokens' hash."""
     from megatron_cgn.data.sft_loader import SftLoader
 
+    sequence, number = map(int, os.environ.get("SIGNAL_AT", "-1:0").split(":"))
+
     class Recorded:
         def __init__(self, dataset: Any) -> None:
             self._dataset = dataset
@@ -65,6 +68,8 @@ def _record_ids(path: str) -> None:
             tokens = hashlib.blake2b(row.tokens.tobytes(), digest_size=8).hexdigest()
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps([index, self._dataset.record_ids(index), tokens]) + "\n")
+            if index == sequence:
+                os.kill(os.getpid(), number)
             return row
 
     opened = SftLoader.__init__
