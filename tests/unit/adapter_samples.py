@@ -53,11 +53,13 @@ def write_adapter(
                 if dora:
                     shapes[f"{prefix}lora_magnitude_vector"] = (rows,)
     tensors = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    matrix = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    vocabulary = torch.randn(VOCABULARY, HIDDEN, generator=generator)
     if "embed_tokens" in whole:
-        tensors["base_model.model.model.embed_tokens.weight"] = matrix
+        tensors["base_model.model.model.embed_tokens.weight"] = vocabulary
     if "lm_head" in whole or tied:
-        tensors["base_model.model.lm_head.weight"] = matrix.clone() if tied else matrix + 1.0
+        tensors["base_model.model.lm_head.weight"] = (
+            vocabulary.clone() if tied else vocabulary + 1.0
+        )
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
