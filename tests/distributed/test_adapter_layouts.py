@@ -155,6 +155,9 @@ def _rank(root: str, ports: list[int]) -> dict[str, Any]:
             out = base / layout / name
             export_adapter(chunks, out / "adapter", base=str(source), source_dir=source, **common)
             export_weights(chunks, out / "merged", source_dir=source, **without_lora)
+            export_weights(
+                chunks, out / "merged-bf16", source_dir=source, dtype="bf16", **without_lora
+            )
             if layout == "tp2-pp2":
                 _save(chunks, base / "checkpoint" / name / "dist", is_first=state.rank == 0)
             if layout == "one":
@@ -316,6 +319,13 @@ def test_merged_weights_are_those_of_peft(outcome: tuple[Path, dict[str, Any]], 
         tensors = load_file(directory / "model.safetensors")
         for key, tensor in tensors.items():
             assert (tensor - expected[key]).abs().max() <= MERGED_ATOL, (directory, key)
+    for layout in LAYOUTS:
+        full, low = (
+            load_file(root / layout / name / kind / "model.safetensors")
+            for kind in ("merged", "merged-bf16")
+        )
+        for key, tensor in full.items():
+            assert torch.equal(low[key], tensor.bfloat16()), (layout, key)
     opened = AutoModelForCausalLM.from_pretrained(root / "tp2-pp2" / name / "merged").eval()
     assert opened.config.tie_word_embeddings == CASES[name].get("tie_word_embeddings", False)
     logits = _logits_of(opened)
