@@ -9,8 +9,12 @@ import functools
 import torch
 from torch import Tensor
 
+_FEW_ROWS = 32
+"""Rows of a product up to which converting the matrix costs more than it saves: with one row, as
+in generation, six times the product itself; measured with AVX-512, whose BF16 this asks for."""
 
-def product_dtype(tensor: Tensor) -> torch.dtype:
+
+def product_dtype(tensor: Tensor, *, rows: int | None = None) -> torch.dtype:
     """The type in which products of matrices of this tensor's type and device are fastest.
 
     A CPU without matrix units (AMX) multiplies BF16 at half the speed of FP32, FP16 slower still;
@@ -18,7 +22,9 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     where either kernel sums it up.
 
     Args:
-        tensor: One operand.
+        tensor: One operand, the larger.
+        rows: Rows of the other, if these may decide. None where they must not: training rounds
+            alike whatever the length of a micro-batch.
 
     Returns:
         Its own type, or float32.
@@ -26,7 +32,8 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     if tensor.device.type != "cpu" or not half:
         return tensor.dtype
-    fast = tensor.dtype == torch.bfloat16 and _has_matrix_units()
+    few = rows is not None and rows <= _FEW_ROWS and _multiplies_bf16()
+    fast = tensor.dtype == torch.bfloat16 and (few or _has_matrix_units())
     return tensor.dtype if fast else torch.float32
 
 
@@ -34,3 +41,9 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 def _has_matrix_units() -> bool:
     """Whether this CPU multiplies tiles of BF16 (Intel's AMX)."""
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this CPU multiplies BF16 at all without converting it (AVX-512's extension)."""
+    return bool(torch.cpu._is_avx512_bf16_supported())

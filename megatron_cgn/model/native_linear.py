@@ -24,7 +24,7 @@ class NativeColumnParallelLinear(ColumnParallelLinear):
         if weight.device.type != "cpu" or self.sequence_parallel:
             return super()._forward_impl(input, weight, *args, **kwargs)
         group = self.tp_group if self.allreduce_dgrad else None
-        return _multiply(input, weight, kwargs["bias"], group=group, config=self.config)
+        return _multiply(input, weight, kwargs["bias"], group=group, layer=self)
 
 
 class NativeRowParallelLinear(RowParallelLinear):
@@ -33,17 +33,26 @@ class NativeRowParallelLinear(RowParallelLinear):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         if weight.device.type != "cpu":
             return super()._forward_impl(input, weight, *args, **kwargs)
-        return _multiply(input, weight, kwargs["bias"], group=None, config=self.config)
+        return _multiply(input, weight, kwargs["bias"], group=None, layer=self)
 
 
 def _multiply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, group: dist.ProcessGroup | None, config: Any
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, group: dist.ProcessGroup | None, layer: Any
 ) -> Tensor:
+    if not layer.training and not torch.is_grad_enabled():
+        return _product(x, weight, bias, product_dtype(weight, rows=x[..., 0].numel()))
     # The engine sets it where Megatron reduces gradients during the backward pass, and then waits
     # for a gradient of every parameter.
-    into_buffer = config.no_sync_func is None and hasattr(weight, "main_grad")
+    into_buffer = layer.config.no_sync_func is None and hasattr(weight, "main_grad")
     out: Tensor = _Multiply.apply(x, weight, bias, group, into_buffer)
     return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T + bias``, multiplied in a type and rounded to that of `x`."""
+    rows, matrix = x.flatten(0, -2).to(dtype), weight.to(dtype)
+    out = rows @ matrix.t() if bias is None else torch.addmm(bias.to(dtype), rows, matrix.t())
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class _Multiply(torch.autograd.Function):
@@ -64,10 +73,7 @@ class _Multiply(torch.autograd.Function):
     ) -> Tensor:
         ctx.group, ctx.into_buffer = group, into_buffer
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        dtype = product_dtype(weight)
-        rows, matrix = x.flatten(0, -2).to(dtype), weight.to(dtype)
-        out = rows @ matrix.t() if bias is None else torch.addmm(bias.to(dtype), rows, matrix.t())
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return _product(x, weight, bias, product_dtype(weight))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_cgn.config.schema import ParallelConfig
+from megatron_cgn.model import native_linear
 from megatron_cgn.model.matmul import product_dtype
 from megatron_cgn.model.native_linear import (
     NativeColumnParallelLinear,
@@ -126,6 +127,37 @@ def test_frozen_weight_gets_no_gradient(dtype: torch.dtype) -> None:
     layer(x)[0].sum().backward()
     assert x.grad is not None and x.grad.any()
     assert layer.weight.grad is None and not layer.weight.main_grad.any()
+
+
+def test_few_rows_are_multiplied_as_they_are_in_generation_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, answer in (("_has_matrix_units", False), ("_multiplies_bf16", True)):
+        monkeypatch.setattr(f"megatron_cgn.model.matmul.{name}", lambda answer=answer: answer)
+    multiplied: list[torch.dtype] = []
+    plain = native_linear._product
+
+    def recording(*operands: Any) -> Tensor:
+        multiplied.append(operands[-1])
+        return plain(*operands)
+
+    monkeypatch.setattr(native_linear, "_product", recording)
+    layer = _layer(NativeColumnParallelLinear, torch.bfloat16, bias=True)
+    few, many = (
+        torch.randn(length, 1, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+        for length in (32, 33)
+    )
+    with torch.no_grad():
+        layer.train()  # as when activations are recomputed: the first pass has no gradients
+        trained, _ = layer(few)
+        layer.eval()
+        (answered, _), _ = layer(few), layer(many)
+    layer(few)  # with gradients
+    wide = torch.float32
+    assert multiplied == [wide, torch.bfloat16, wide, wide]
+    exact = few.double() @ layer.weight.double().T + layer.bias.double()
+    for out in (trained, answered):
+        _assert_rounded(out.detach(), exact.detach(), ROUNDING[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kind", KINDS)
