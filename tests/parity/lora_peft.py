@@ -1,12 +1,12 @@
-"""The ten steps of `lora_runs` with `peft`, `transformers` and PyTorch alone."""
+"""The steps of `lora_runs` with `peft`, `transformers` and PyTorch alone."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import STEPS, global_batch, plain_rate
+from engine_runs import global_batch, plain_rate
 from lora_runs import CLIP, TIMES, Share
 from torch import Tensor
 
@@ -15,16 +15,22 @@ from megatron_cgn.config.schema import LoraConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftOutcome:
-    """Figures of every step, what `peft` drew, and what was trained, by our names."""
+    """Figures of every step, what `peft` drew, and what it trained, by our names."""
 
     losses: list[float]
     grad_norms: list[float]
     drawn: dict[str, Tensor]
-    last: dict[str, Tensor]
+    after: dict[int, dict[str, Tensor]]
+    """By number of steps."""
 
 
 def peft_loop(
-    path: Path, lora: LoraConfig, first: Mapping[str, Share], *, first_row: int = 0
+    path: Path,
+    lora: LoraConfig,
+    first: Mapping[str, Share],
+    *,
+    steps: Collection[int],
+    first_row: int = 0,
 ) -> PeftOutcome:
     """Train adapters that begin like ours.
 
@@ -32,6 +38,7 @@ def peft_loop(
         path: The model's Hugging Face directory.
         lora: Settings.
         first: Our adapters before the first step, whole.
+        steps: After which of the schedule's steps the weights are kept; the last ends it.
         first_row: Rows of the matrices trained whole before this one stay as they are.
 
     Returns:
@@ -75,7 +82,8 @@ def peft_loop(
     )
     model.train()
     losses, norms = [], []
-    for step in range(STEPS):
+    after: dict[int, dict[str, Tensor]] = {}
+    for step in range(max(steps)):
         batch = global_batch(step)
         logits = model(input_ids=batch.tokens, use_cache=False).logits.float()
         nll = torch.nn.functional.cross_entropy(
@@ -95,8 +103,9 @@ def peft_loop(
         for p, rows in zip(whole, kept, strict=True):
             p.data[:first_row] = rows
         losses.append(loss.item())
-    last = {name: p.detach() for name, p in trained.items()}
-    return PeftOutcome(losses=losses, grad_norms=norms, drawn=drawn, last=last)
+        if step + 1 in steps:
+            after[step + 1] = {name: p.detach().clone() for name, p in trained.items()}
+    return PeftOutcome(losses=losses, grad_norms=norms, drawn=drawn, after=after)
 
 
 def _our_name(name: str) -> str:

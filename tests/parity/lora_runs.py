@@ -1,4 +1,4 @@
-"""Ten steps with adapters on any layout: what the adapters' parity tests run in processes.
+"""Steps with adapters on any layout: what the adapters' parity tests run in processes.
 
 Four processes are started once. Each job uses the first n of them as its world, as the jobs of the
 checkpoint tests do.
@@ -52,8 +52,8 @@ LORA_OPTIM = dataclasses.replace(
     OPTIM, lr=OPTIM.lr * TIMES, min_lr=OPTIM.min_lr * TIMES, clip_grad=CLIP
 )
 FIT = {"seed": 1234}
-HALF = 5
-"""Steps before a checkpoint."""
+FEW = 4
+"""Steps of a case that need not be of all ten: of the same schedule, past the warm-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +63,9 @@ class LoraCase:
     Attributes:
         world: Processes.
         packed: Whether the sequences of a micro-batch are one packed row.
-        start: Case whose checkpoint is resumed after `HALF` steps.
-        saves: Whether to write a checkpoint after `HALF` steps.
+        steps: How many of the schedule's steps are taken.
+        start: Case whose checkpoint is resumed after half of them.
+        saves: Whether to write a checkpoint after half of them.
     """
 
     world: int = 1
@@ -76,8 +77,14 @@ class LoraCase:
     precision: Precision = "fp32"
     packed: bool = False
     groups: tuple[ParamGroupConfig, ...] = ()
+    steps: int = FEW
     start: str | None = None
     saves: bool = False
+
+    @property
+    def half(self) -> int:
+        """Steps before a checkpoint."""
+        return self.steps // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,12 +189,12 @@ def run_case(name: str, case: LoraCase, path: Path, root: Path) -> LoraOutcome:
         (directory,) = (root / case.start).glob("step_*")
         engine.resume(directory, fit=FIT)
     else:
-        reports += train(engine, case, range(HALF))
+        reports += train(engine, case, range(case.half))
     if case.saves:
         directory = engine.save(root / name, fit=FIT, hf_files=lambda target: target.mkdir())
         entries = FileSystemReader(directory / "dist").read_metadata().state_dict_metadata
         stored = tuple(n for n, e in entries.items() if isinstance(e, TensorStorageMetadata))
-    reports += train(engine, case, range(HALF, STEPS))
+    reports += train(engine, case, range(case.half, case.steps))
     outcome = LoraOutcome(
         losses=[r.metrics["loss"] for r in reports],
         grad_norms=[math.nan if r.grad_norm is None else r.grad_norm for r in reports],
