@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,16 +74,23 @@ def _keep_freed_memory() -> None:
     Activations are freed and allocated again every step. Fresh pages are zeroed by the kernel at
     a tenth of the speed of memory already mapped, which is the largest cost of a CPU step. Blocks
     above 32 MiB, such as logits, are still returned: kept, they would fragment the heap to
-    half as much memory again.
+    half as much memory again. What the user has set, by ``MALLOC_MMAP_THRESHOLD_`` and its like
+    or in ``GLIBC_TUNABLES``, stays.
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl, macOS: nothing to tune
         return
-    mallopt(m_mmap_threshold, 32 * 1024 * 1024)
-    mallopt(m_trim_threshold, -1)
-    mallopt(m_top_pad, 256 * 1024 * 1024)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    for name, parameter, value in (
+        ("mmap_threshold", m_mmap_threshold, 32 * 1024 * 1024),
+        ("trim_threshold", m_trim_threshold, -1),
+        ("top_pad", m_top_pad, 256 * 1024 * 1024),
+    ):
+        if f"MALLOC_{name.upper()}_" in os.environ or f"glibc.malloc.{name}=" in tunables:
+            continue
+        mallopt(parameter, value)
 
 
 class _Stream:

@@ -186,3 +186,27 @@ def test_transformers_still_loads_models_whole(installed: dict[str, Any]) -> Non
     # Its RoPE frequencies are made on the meta device and filled afterwards.
     expected = [10000.0 ** (-2 * i / 16) for i in range(8)]
     assert installed["frequencies"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_allocator_is_set_but_for_what_the_user_has_set() -> None:
+    result = _python("""
+import ctypes, os
+class Library:
+    def __init__(self, name): pass
+    def mallopt(self, parameter, value): calls.append(parameter)
+ctypes.CDLL = Library
+names = ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"]
+answers = []
+for theirs in ({}, {"MALLOC_MMAP_THRESHOLD_": "4294967296"}, dict.fromkeys(names[:3], "1"),
+               {"GLIBC_TUNABLES": "glibc.malloc.top_pad=1:glibc.malloc.check=0"}):
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(theirs)
+    calls = []
+    cpu._keep_freed_memory()
+    answers.append(sorted(calls))
+print(json.dumps(answers))
+""")
+    mmap_threshold, top_pad, trim_threshold = -3, -2, -1  # as in glibc's malloc.h
+    everything = [mmap_threshold, top_pad, trim_threshold]
+    assert result == [everything, [top_pad, trim_threshold], [], [mmap_threshold, trim_threshold]]
