@@ -1,5 +1,6 @@
 """An adapter directory of `peft`, opened and held against a model. Reads headers, no tensors."""
 
+import re
 from pathlib import Path
 
 from megatron_cgn.config.schema import LoraConfig
@@ -26,6 +27,11 @@ from megatron_cgn.model.architecture import Architecture
 _EMBEDDING, _HEAD = WHOLE_MATRICES["embed_tokens"], WHOLE_MATRICES["lm_head"]
 
 
+_STATE_NAME = re.compile(r"\.lora_[AB]\.(?!weight$)[^.]+\.weight$|\.(modules_to_save|base_layer)\.")
+"""In a model that is being trained, names hold that of the adapter, e.g. ``lora_A.default.weight``;
+`peft` saves without it."""
+
+
 class AdapterFile:
     """An adapter directory whose header was read and checked.
 
@@ -50,13 +56,7 @@ class AdapterFile:
         self.config: AdapterConfig = read_config(self.directory)
         self.file = self.directory / WEIGHTS_FILE
         if not self.file.is_file():
-            other = self.directory / "adapter_model.bin"
-            remedy = (
-                f"{other.name} is a pickle, which is not read; save it as safetensors"
-                if other.exists()
-                else "copy the adapter again"
-            )
-            raise ModelError(f"{self.file}: not found; {remedy}")
+            raise ModelError(f"{self.file}: not found; {_found_instead(self.directory)}")
         places = read_header(self.file)
         targets = self._check_names(list(places))
         base_names = {name.removeprefix(PREFIX): place for name, place in places.items()}
@@ -88,10 +88,14 @@ class AdapterFile:
                         "files is of another adapter"
                     )
             elif name.removeprefix(PREFIX) not in (_EMBEDDING, _HEAD):
-                raise ModelError(
-                    f"{self.file}: tensor {name!r} is not supported: adapters may be on "
-                    f"{', '.join(TARGETS)}, and {' and '.join(WHOLE_MATRICES)} may be held whole"
+                remedy = (
+                    "these are names of a training state; save the adapter with peft's "
+                    "save_pretrained"
+                    if _STATE_NAME.search(name) or not name.startswith(PREFIX)
+                    else f"adapters may be on {', '.join(TARGETS)}, and "
+                    f"{' and '.join(WHOLE_MATRICES)} may be held whole"
                 )
+                raise ModelError(f"{self.file}: tensor {name!r} is not supported: {remedy}")
             elif not self.config.modules_to_save:
                 raise ModelError(
                     f"{self.file}: tensor {name!r} is a whole matrix of the base model, but "
@@ -212,6 +216,20 @@ def read_adapter_config(path: str | Path) -> LoraConfig:
         ModelError: As `AdapterFile` does.
     """
     return AdapterFile(path).lora
+
+
+def _found_instead(directory: Path) -> str:
+    """What to do about a directory without its file of tensors."""
+    if (directory / "adapter_model.bin").exists():
+        return "adapter_model.bin is a pickle, which is not read; save it as safetensors"
+    others = sorted(file.name for file in directory.glob("*.safetensors*"))
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return (
+            f"{others[0]}{more} found instead, but an adapter is one file of this name, as peft's "
+            "save_pretrained writes it; save it again, or rename the file if it is whole"
+        )
+    return "copy the adapter again"
 
 
 def _comparable(lora: LoraConfig, *, tied: bool) -> dict[str, object]:

@@ -74,7 +74,8 @@ def merge_adapter(
 
     Raises:
         ModelError: If base or adapter is missing, damaged or not supported, the adapter is
-            another model's, or the disk refuses. Nothing is left behind then.
+            another model's, or gives weights that are no numbers, or the disk refuses. Nothing is
+            left behind then.
     """
     target, source = directory_to_write(Path(out_dir), error=ModelError), Path(model_dir)
     architecture, base, adapter = _open(source, Path(adapter_dir))
@@ -217,6 +218,13 @@ class _Writer:
             else:
                 view = source.view(stored, rows)
                 data = (view if adapter is None else adapter.merged(view, rows)).to(dtype)
+                if adapter is not None and not data.isfinite().all():
+                    raise ModelError(
+                        f"{self._adapter.file}: the adapter of {name} gives weights that are "
+                        f"infinite or not a number in {str(dtype).removeprefix('torch.')}; it "
+                        "belongs to another base, or its training failed. If only the type is too "
+                        "small, give --dtype fp32 or bf16"
+                    )
                 writer.write(name, data, start_byte=start_byte)
                 source.drop(stored, rows, for_all=True)
                 size = data.nbytes

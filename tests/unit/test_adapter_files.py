@@ -146,6 +146,12 @@ def test_names_what_is_missing_or_unreadable(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"adapter_model\.bin is a pickle"):
         AdapterFile(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.bin").unlink()
+    for part in (1, 2):
+        (tmp_path / "a" / f"adapter_model-0000{part}-of-00002.safetensors").touch()
+    with pytest.raises(ModelError, match=r"00001-of-00002\.safetensors and 1 more found instead"):
+        AdapterFile(tmp_path / "a")
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        file.unlink()
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors: not found; copy"):
         AdapterFile(tmp_path / "a")
     for text, message in (("{", "cannot be read as JSON"), ("[]", "holds a list")):
@@ -188,6 +194,14 @@ def test_tensors_of_another_model_are_named_with_both_shapes(tmp_path: Path) -> 
         (
             tensors | {"base_model.model.model.norm.weight": torch.zeros(24)},
             r"norm\.weight' is not supported: adapters may be on q_proj",
+        ),
+        (
+            {n.replace("_A.weight", "_A.default.weight"): t for n, t in tensors.items()},
+            r"\.default\.weight' is not supported: .*training state; save .*save_pretrained",
+        ),
+        (
+            {n.removeprefix("base_model.model."): t for n, t in tensors.items()},
+            r"'model\.layers.* is not supported: .*training state",
         ),
         (
             tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(77, 24)},

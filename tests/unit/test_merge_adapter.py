@@ -15,6 +15,7 @@ import pytest
 import torch
 from adapter_samples import ALPHA, RANK, write_adapter
 from hf_samples import assert_same_bytes, read_tensors, write_sample
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_cgn.errors import ModelError
@@ -147,6 +148,21 @@ def test_nothing_is_written_of_an_adapter_of_another_model(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"has shape \(4, 24\), but the model needs \(5, 24\)"):
         merge_adapter(tmp_path / "m2", tmp_path / "a", tmp_path / "o")
     assert {path.name for path in tmp_path.iterdir()} == {"m", "m2", "a"}
+
+
+def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    write_sample(tmp_path / "m")
+    tensors = write_adapter(tmp_path / "a")
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    tensors[name][3, 1] = float("nan")
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.v_proj\.weight gives weights"):
+        merge_adapter(tmp_path / "m", tmp_path / "a", tmp_path / "out")
+    # Finite in FP32, and beyond what FP16 holds.
+    write_adapter(tmp_path / "large", lora_alpha=1e6)
+    with pytest.raises(ModelError, match="infinite or not a number in float16; .*--dtype fp32"):
+        merge_adapter(tmp_path / "m", tmp_path / "large", tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
