@@ -5,9 +5,10 @@ does: special tokens are parsed and none is added, so a BOS is there exactly whe
 writes one. An assistant's turn begins where the template's generation prompt for it ends and ends
 with the end-of-turn token, which belongs to it: a model that is not trained on it never stops.
 Where a token reaches across a turn's beginning, as a line feed of the template and one of an answer
-become one, it belongs to the turn.
+become one, it belongs to the turn; but a control token of the template that takes white space in,
+as some of Phi 3's do, does not.
 
-Text of users that spells a special token is refused, because it could forge a turn. Which
+Text of users that spells a control token is refused, because it could forge a turn. Which
 conversations a file holds is in ``megatron_cgn.data.conversations``; what a template may do in
 ``chat_jinja.py``; where it comes from in ``chat_sources.py``; what is demanded of it in
 ``chat_probe.py`` and of a conversation in ``chat_message.py``. Importing this loads neither PyTorch
@@ -32,7 +33,7 @@ from tokenizer.chat_jinja import TEMPLATE_DATE, Renderer
 from tokenizer.chat_message import ROLES as ROLES
 from tokenizer.chat_message import Message as Message
 from tokenizer.chat_message import as_dicts, check_answers, check_messages, check_written
-from tokenizer.chat_probe import Probed, probe
+from tokenizer.chat_probe import Probed, control_tokens, probe
 from tokenizer.chat_sources import bundled_templates as bundled_templates
 from tokenizer.chat_sources import find_template, special_tokens
 from tokenizer.wrapper import open_backend
@@ -82,8 +83,9 @@ class ChatTemplate:
         self._renderer = renderer
         self._backend = backend
         self._unasked = probed.unasked
-        special = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
-        longest_first = sorted(special, key=len, reverse=True)
+        control = control_tokens(backend)
+        self._control_ids = frozenset(control)
+        longest_first = sorted(control.values(), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @classmethod
@@ -240,6 +242,9 @@ class ChatTemplate:
             zip(written.starts, [*written.starts[1:], len(text)], strict=True), start=1
         ):
             first = _token_at(encoding, start, limit)
+            span = encoding.token_to_chars(first) if first < len(ids) else None
+            if span is not None and span[0] < start and ids[first] in self._control_ids:
+                first += 1  # the prompt's last token has taken the answer's first white space in
             end = _end_of_turn(ids, first, self.end_of_turn_ids)
             last = None if end is None else encoding.token_to_chars(end - 1)
             if end is None or last is None or last[0] >= limit:

@@ -32,6 +32,25 @@ class Probed:
     to, as Llama 3's first template did. Empty for most."""
 
 
+def control_tokens(backend: Backend) -> dict[int, str]:
+    """Tokens that no text of a conversation may spell, since they could forge a turn.
+
+    Special ones, and those that look like them: DeepSeek's ``<｜User｜>`` and Yi's ``<|im_start|>``
+    are parsed out of any text, and not marked as special.
+
+    Args:
+        backend: The tokenizer.
+
+    Returns:
+        Texts by id.
+    """
+    return {
+        token: added.content
+        for token, added in backend.get_added_tokens_decoder().items()
+        if added.special or _LIKE_A_TOKEN.fullmatch(added.content)
+    }
+
+
 def probe(renderer: Renderer, backend: Backend) -> Probed:
     """Find out what ends a turn, and whether turns can be told from their surroundings.
 

@@ -200,6 +200,23 @@ def test_an_answer_that_the_tokenizer_drops_is_a_fault() -> None:
         chat.encode((Message("user", "?"), Message("assistant", "\x06")))
 
 
+def test_a_control_token_that_takes_white_space_in_is_not_part_of_the_answer(
+    tmp_path: Path,
+) -> None:
+    # As Phi 3's <|assistant|>: the white space behind it, the answer's too, becomes a part of it.
+    directory = llama3_tokenizer(tmp_path, template=untagged(LLAMA3).replace(" | trim", ""))
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for token in content["added_tokens"]:
+        token["rstrip"] = token["content"] == "<|end_header_id|>"
+    file.write_text(json.dumps(content))
+    chat = ChatTemplate.open(directory)
+    encoded = chat.encode((Message("user", "?"), Message("assistant", " \n yes")))
+    ((start, end),) = encoded.turns
+    assert chat.decode(encoded.ids[start:end], skip_special_tokens=False) == "yes<|eot_id|>"
+    assert encoded.ids[:start] == chat.encode_prompt((Message("user", "?"),))
+
+
 def test_a_batch_gives_what_one_by_one_gives(tmp_path: Path) -> None:
     chat = ChatTemplate.open(chatml_tokenizer(tmp_path))
     bad = (Message("user", "?"),)
