@@ -211,8 +211,9 @@ class ParamGroupConfig:
     """Name in messages and metrics (``lr/<name>``), e.g. ``new_rows``."""
     parameters: tuple[str, ...]
     """Which: ``embeddings``, ``output``, ``norms``, ``blocks`` (the layers whole, their norms too),
-    ``others`` (all that no other group has), or Hugging Face names, in which ``*`` stands for
-    anything, as in ``model.layers.*.mlp.*``."""
+    ``adapters`` (with ``lora.rank``), ``others`` (all that no other group has), or Hugging Face
+    names, in which ``*`` stands for anything, as in ``model.layers.*.mlp.*`` or, of adapters,
+    ``*.lora_B.weight``."""
     rows: Literal["all", "old", "new"] = "all"
     """Rows of ``embeddings`` and ``output``: all, those of the tokens that the model had before
     its vocabulary was extended, or those from the first new token to the end."""

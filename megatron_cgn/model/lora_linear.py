@@ -108,6 +108,9 @@ class LinearAdapter(nn.Module):
         Returns:
             Same shape and type as `out`.
         """
+        # In the run's own type also where `matmul.py` has a wider one: products with so narrow
+        # matrices cost less than converting what they are added to (15 ms against 22 ms of a CPU
+        # for 1,024 tokens of a gate and up projection of rank 16, both ways).
         low = self._communicate(self._down(x))
         bias = self._base[0].bias if self.lora.use_dora else None
         if bias is not None:  # the length of a row is no business of its bias
