@@ -32,6 +32,7 @@ from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.heads import mask_padded_vocabulary, padded_vocab_size
 from megatron_cgn.model.initialize import initialize_weights
 from megatron_cgn.model.native import NativeRMSNorm, native_layer_spec
+from megatron_cgn.model.native_embedding import NativeVocabParallelEmbedding
 from megatron_cgn.model.rope import Rotary
 
 Backend = Literal["native", "te"]
@@ -221,6 +222,9 @@ def build_model(
             pg_collection=groups,
             vp_stage=virtual_stage,
         )
+        if chunk.pre_process and backend == "native":
+            # Megatron makes it where no spec reaches; the class adds methods, no state.
+            chunk.embedding.word_embeddings.__class__ = NativeVocabParallelEmbedding
         chunk.rotary_pos_emb = Rotary(architecture, cp_group=groups.cp)
         if seed is not None:
             initialize_weights(
