@@ -30,20 +30,26 @@ and looked at before: which tokens count, how long they are, and every fault by 
 """
 
 import argparse
-import json
+import functools
+import io
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from types import FrameType
-from typing import Any
 
+from preprocess_arguments import (
+    index_parser,
+    info_parser,
+    merge_parser,
+    retokenize_parser,
+    sft_parser,
+    split_parser,
+)
+from preprocess_sft import check_conversations, progress
 from tqdm import tqdm
 
-from megatron_cgn.data.conversation_report import Counting, show, summary, survey
-from megatron_cgn.data.conversations import Conversation, Fault
 from megatron_cgn.data.describe import Description, describe
 from megatron_cgn.data.indexed import Sidecar, check_index
 from megatron_cgn.data.preprocess import Summary, preprocess
@@ -51,7 +57,6 @@ from megatron_cgn.data.readers import check_inputs
 from megatron_cgn.data.reindex import merge, split
 from megatron_cgn.data.retokenize import retokenize
 from megatron_cgn.errors import UserError
-from tokenizer.chat import ChatTemplate, EncodedChat, bundled_templates
 
 _MOST_SHOWN = 10
 
@@ -65,6 +70,9 @@ def main() -> int:
         command = "sft" if "--sft" in given else "index"
     parser, run = _COMMANDS[command]
     arguments = parser().parse_args(given)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Texts may hold what the terminal's encoding, or any, cannot write: half a surrogate pair.
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _interrupt)
     logging.basicConfig(format="preprocess_data: %(message)s")
     logging.getLogger("megatron_cgn").setLevel(logging.INFO)
@@ -89,7 +97,7 @@ def _index(arguments: argparse.Namespace) -> None:
     # that Arrow reads tables with stays: it is idle then, and no copy reads tables.)
     os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # Arrow's allocator
     tqdm.monitor_interval = 0
-    with _progress("indexing", total=check_inputs(arguments.input), unit="B") as bar:
+    with progress("indexing", total=check_inputs(arguments.input), unit="B") as bar:
         summary = preprocess(
             arguments.input,
             tokenizer_dir=arguments.tokenizer,
@@ -105,7 +113,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
 def _merge(arguments: argparse.Namespace) -> None:
     tokens = sum(check_index(prefix).tokens for prefix in arguments.input)
-    with _progress("merging", total=tokens, unit=" tokens") as bar:
+    with progress("merging", total=tokens, unit=" tokens") as bar:
         sidecar = merge(
             arguments.input,
             output_prefix=arguments.output_prefix,
@@ -117,7 +125,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _split(arguments: argparse.Namespace) -> None:
     tokens = check_index(arguments.input).tokens
-    with _progress("splitting", total=tokens, unit=" tokens") as bar:
+    with progress("splitting", total=tokens, unit=" tokens") as bar:
         sidecars = split(
             arguments.input,
             output_prefixes=arguments.output_prefix,
@@ -131,7 +139,7 @@ def _split(arguments: argparse.Namespace) -> None:
 
 def _retokenize(arguments: argparse.Namespace) -> None:
     tokens = check_index(arguments.input).tokens
-    with _progress("retokenizing", total=tokens, unit=" tokens") as bar:
+    with progress("retokenizing", total=tokens, unit=" tokens") as bar:
         done = retokenize(
             arguments.input,
             old_tokenizer=arguments.old_tokenizer,
@@ -154,202 +162,16 @@ def _info(arguments: argparse.Namespace) -> None:
     _print_description(arguments.input, described)
 
 
-def _sft(arguments: argparse.Namespace) -> int:
-    chat = ChatTemplate.open(arguments.tokenizer, template=arguments.chat_template)
-    counting = Counting(
-        train_on_prompt=arguments.train_on_prompt,
-        last_turn_only=arguments.last_turn_only,
-        seq_length=arguments.seq_length,
-    )
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    shown = 0
-
-    with _progress("reading", total=check_inputs(arguments.input), unit="B") as bar:
-
-        def on_fault(fault: Fault) -> None:
-            if arguments.validate:
-                line = json.dumps(asdict(fault), ensure_ascii=False) if arguments.json else fault
-                bar.write(str(line), file=sys.stdout)
-
-        def on_conversation(conversation: Conversation, encoded: EncodedChat) -> None:
-            nonlocal shown
-            if shown < arguments.show:
-                shown += 1
-                text = show(conversation, encoded, chat=chat, counting=counting, colour=colour)
-                bar.write(text, file=sys.stdout)
-
-        found = survey(
-            arguments.input,
-            chat=chat,
-            counting=counting,
-            on_fault=on_fault,
-            on_conversation=on_conversation,
-            report=bar.update,
-        )
-    if arguments.json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
-    else:
-        print(f"{', '.join(arguments.input)} (chat template {chat.name})")
-        print("\n".join(summary(found, counting=counting)))
-        if found.faults and not arguments.validate:
-            print("--validate names every faulty record by file and line.")
-    faulty = found.faults.total() + (found.too_long if arguments.validate else 0)
-    return UserError.exit_code if faulty else 0
-
-
-def _index_parser() -> argparse.ArgumentParser:
-    parser = _parser(__doc__)
-    parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="F", help="what to read"
-    )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face directory")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="output, no suffix")
-    parser.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
-    parser.add_argument(
-        "--append-eod",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end every document with the end-of-document token",
-    )
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that encode (default: as many as usable cores, here %(default)s)",
-    )
-    _add_overwrite(parser)
-    return parser
-
-
-def _merge_parser() -> argparse.ArgumentParser:
-    parser = _parser("Write the documents of several indexes, in their order, as one index.")
-    parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="P", help="indexes"
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="output, no suffix")
-    _add_overwrite(parser)
-    return parser
-
-
-def _split_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "Deal the documents of an index out to several: cut, in their order, into parts of about "
-        "as many tokens each; or, with --hold-out, held out by a hash of their ids, so that a "
-        "document stays on its side when others are added."
-    )
-    parser.add_argument("--input", required=True, metavar="P", help="index")
-    parser.add_argument(
-        "--output-prefix", nargs="+", required=True, metavar="Q", help="two outputs or more"
-    )
-    parser.add_argument(
-        "--hold-out", type=float, metavar="SHARE", help="of the documents, for the second output"
-    )
-    _add_overwrite(parser)
-    return parser
-
-
-def _retokenize_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "Write the documents of an index with the ids of another tokenizer: each is turned back "
-        "into its text, which must give the old ids again, and encoded anew. Order and lineage "
-        "stay."
-    )
-    parser.add_argument("--input", required=True, metavar="P", help="index")
-    parser.add_argument(
-        "--old-tokenizer", required=True, metavar="DIR", help="the tokenizer that made it"
-    )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="the other one")
-    parser.add_argument("--output-prefix", required=True, metavar="Q", help="output, no suffix")
-    _add_overwrite(parser)
-    return parser
-
-
-def _info_parser() -> argparse.ArgumentParser:
-    parser = _parser("Say what an index holds.")
-    parser.add_argument("--input", required=True, metavar="P", help="index")
-    parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that made it")
-    parser.add_argument(
-        "--sample", type=_positive, default=0, metavar="N", help="documents to show, evenly spread"
-    )
-    parser.set_defaults(parser=parser)
-    return parser
-
-
-def _sft_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "Check conversations for instruction tuning and say what they hold. Records may be alpaca "
-        "(instruction, input,\noutput, system, history), ShareGPT (conversations), OpenAI "
-        "(messages) or prompt and completion.\nExits with 2 if a record is faulty, or listed by "
-        "--validate as too long."
-    )
-    parser.add_argument("--sft", action="store_true", help="conversations, not documents")
-    parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="F", help="what to read"
-    )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face directory")
-    parser.add_argument(
-        "--chat-template",
-        metavar="T",
-        help=f"the tokenizer's own if not given; a .jinja file or {', '.join(bundled_templates())}",
-    )
-    parser.add_argument(
-        "--seq-length", type=_positive, metavar="N", help="count, and list, longer ones"
-    )
-    parser.add_argument(
-        "--validate", action="store_true", help="list every faulty record with file, line, reason"
-    )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="faults and figures, an object a line")
-    output.add_argument(
-        "--show", type=_positive, default=0, metavar="N", help="conversations to show, marked"
-    )
-    counted = parser.add_mutually_exclusive_group()
-    counted.add_argument(
-        "--train-on-prompt", action="store_true", help="count as chat.train_on_prompt does"
-    )
-    counted.add_argument(
-        "--last-turn-only", action="store_true", help="count as chat.last_turn_only does"
-    )
-    return parser
-
-
-def _parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
-
-
 _COMMANDS: dict[
     str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]
 ] = {
-    "sft": (_sft_parser, _sft),
-    "index": (_index_parser, _index),
-    "merge": (_merge_parser, _merge),
-    "split": (_split_parser, _split),
-    "retokenize": (_retokenize_parser, _retokenize),
-    "info": (_info_parser, _info),
+    "sft": (sft_parser, check_conversations),
+    "index": (functools.partial(index_parser, __doc__), _index),
+    "merge": (merge_parser, _merge),
+    "split": (split_parser, _split),
+    "retokenize": (retokenize_parser, _retokenize),
+    "info": (info_parser, _info),
 }
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return value
-
-
-def _progress(title: str, *, total: int, unit: str) -> "tqdm[Any]":
-    return tqdm(
-        total=total, unit=unit, unit_scale=True, desc=title, disable=not sys.stderr.isatty()
-    )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

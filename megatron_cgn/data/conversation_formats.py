@@ -96,7 +96,7 @@ def read_record(row: Any) -> Record:
     if not isinstance(row, Mapping):
         raise DataError(f"expected an object, found {_kind_of(row)}")
     for name in _RECORD_FIELDS_REFUSED:
-        if row.get(name):
+        if row.get(name) and row[name] != "[]":  # no tools at all, as JSON in a column of texts
             raise DataError(f"has the field {name!r}, which cannot be trained on and is not empty")
     kind = _detect(row)
     if kind == "alpaca":

@@ -24,7 +24,16 @@ from tokenizer.chat import ChatTemplate, EncodedChat
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 """Of the lengths, as they are shown; the last is the longest."""
+_EMPTY = "the file holds no conversation"
 _DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\b\d[\d,]*\b")
+# Data may hold escape codes: they must not act on the reader's terminal. C0, C1 and delete.
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(32)},
+    **{code: f"\\x{code:02x}" for code in range(128, 160)},
+    127: "␡",
+    ord("\t"): "\t",
+    ord("\n"): "↵\n",
+}
 _COUNTED, _NORMAL = "\x1b[1;32m", "\x1b[0m"
 
 
@@ -123,8 +132,8 @@ def survey(
         paths: The files.
         chat: The chat template.
         counting: Which tokens count.
-        on_fault: Called with each record that cannot be used, and with each conversation that is
-            too long, in order.
+        on_fault: Called with each record that cannot be used, with each conversation that is too
+            long, in order, and with a file that holds none, which a run refuses too.
         on_conversation: Called with each conversation without faults, in order.
         report: Called with how many more bytes are read.
 
@@ -136,6 +145,7 @@ def survey(
     """
     found = Survey()
     for path in paths:
+        before = found.conversations + found.faults.total()
         records = read_conversations(path, report=report)
         for item in encode_conversations(records, chat=chat):
             if isinstance(item, Fault):
@@ -148,6 +158,9 @@ def survey(
             if counting.seq_length is not None and length > counting.seq_length:
                 found.too_long += 1
                 on_fault(_too_long(item[0], length, counting.seq_length))
+        if found.conversations + found.faults.total() == before:
+            found.faults[_EMPTY] += 1
+            on_fault(Fault(str(path), 1, _EMPTY))
     return found
 
 
@@ -203,7 +216,8 @@ def show(
     pieces.append(_text(encoded.ids[done:], chat))
     counted = sum(end - start for start, end in spans)
     head = (
-        f"--- {conversation.id} ({conversation.kind}, {conversation.path}:{conversation.line}): "
+        f"--- {conversation.id.translate(_VISIBLE)} ({conversation.kind}, {conversation.path}:"
+        f"{conversation.line}): "
         f"{len(encoded.ids):,} tokens, {counted:,} of them count"
     )
     return f"{head}\n{''.join(pieces)}"
@@ -211,9 +225,7 @@ def show(
 
 def _text(ids: Sequence[int], chat: ChatTemplate) -> str:
     text = chat.decode(ids, skip_special_tokens=False) if ids else ""
-    # Data may hold escape codes: they must not act on the reader's terminal.
-    text = text.replace("\x1b", "␛").replace("\r", "␍")
-    return text.replace("\n", "↵\n")
+    return text.translate(_VISIBLE)
 
 
 def summary(found: Survey, *, counting: Counting) -> list[str]:

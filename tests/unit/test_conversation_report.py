@@ -1,6 +1,6 @@
 """tools/preprocess_data.py --sft: what it prints, lists and returns."""
 
-import importlib.util
+import importlib
 import json
 import logging
 import signal
@@ -37,12 +37,11 @@ RECORDS: list[Any] = [
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location(
-        "preprocess_data", ROOT / "tools" / "preprocess_data.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        module = importlib.import_module("preprocess_data")
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
     handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("megatron_cgn").level
     yield module
     signal.signal(signal.SIGTERM, handler)
@@ -176,6 +175,23 @@ def test_show_colours_for_terminals_and_lets_no_escape_code_through(tmp_path: Pa
     assert "␛[31mred" in text
     assert "\x1b[1;32ma␍↵\nb<|im_end|>\x1b[0m↵\n" in text
     assert text.count("\x1b") == 2
+
+
+def test_an_id_can_be_any_text(run: Run) -> None:
+    name = "\ud800\x1b[31m\x9b31m\n"
+    other = run.file.with_name("other.jsonl")
+    other.write_text(json.dumps({**RECORDS[0], "id": name}) + "\n")
+    code, out, _ = run("--input", other, "--show", 9)
+    assert code == 2 and "--- \\ud800␛[31m\\x9b31m↵" in out
+    assert "\x1b" not in out
+
+
+def test_a_file_without_a_conversation_is_a_fault(run: Run) -> None:
+    empty = run.file.with_name("empty.jsonl")
+    empty.write_text("\n \n")
+    code, out, _ = run("--input", empty, "--validate")
+    assert code == 2 and f"{empty}:1: the file holds no conversation" in out.splitlines()
+    assert f"{run.file}:1: " not in out
 
 
 def test_faults_of_the_template_or_file_are_one_message(

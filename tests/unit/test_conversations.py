@@ -63,6 +63,7 @@ PAIR = (("user", "Q"), ("assistant", "A"))
             (("system", "S"), *PAIR, ("tool", "T"), ("assistant", "B")),
         ),
         ({"messages": TURN, "tools": [], "prompt": "Q", "source": 3}, "messages", PAIR),
+        ({"conversations": SHARED, "tools": "[]"}, "sharegpt", PAIR),
         (
             {
                 "messages": [

@@ -131,7 +131,8 @@ def test_no_thread_is_there_when_a_process_is_copied(
 ) -> None:
     """Neither at the start nor when processes that have grown are replaced."""
     script = (
-        "import runpy; from megatron_cgn.data import encode; encode._SPENT_BYTES = -1 << 40\n"
+        "import runpy, sys; from megatron_cgn.data import encode; encode._SPENT_BYTES = -1 << 40\n"
+        f"sys.path.insert(0, {str(Path(COMMAND[1]).parent)!r})\n"
         f"runpy.run_path({COMMAND[1]!r}, run_name='__main__')"
     )
     command = [sys.executable, "-W", "always:This process", "-c", script, "--field", "body"]
