@@ -115,8 +115,9 @@ def build_store(
 
     Raises:
         DataError: If the file cannot be read, has no conversations or faulty ones, of which the
-            first are named; or the cache cannot be written.
+            first are named; or changes meanwhile; or the cache cannot be written.
     """
+    before = _state(path)
     folder = cache / f"chat-{_key(path, chat, tokenizer)}"
     if folder.is_dir():
         return folder
@@ -126,6 +127,8 @@ def build_store(
             _Writer(temporary, vocab_size=tokenizer.vocab_size) as writer,
         ):
             _encode(path, writer, chat=chat, report=report or _silent)
+            if _state(path) != before:  # what was encoded need not be what the key stands for
+                raise DataError(f"{path}: changed while it was read. Start again once it is whole.")
     except OSError as error:
         raise DataError(
             f"{cache}: cannot write the encoded conversations of {path} "
@@ -307,6 +310,15 @@ def _key(path: str | Path, chat: ChatTemplate, tokenizer: Tokenizer) -> str:
     suffix = Path(path).suffix  # decides how the file is read
     facts = [FORMAT, content.hexdigest(), suffix, tokenizer.fingerprint(), chat.fingerprint()]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+
+
+def _state(path: str | Path) -> list[tuple[str, int, int, int]]:
+    """What changes with a dataset's files, without reading them; empty if they cannot be found."""
+    try:
+        found = [(str(file), file.stat()) for file in _content(Path(path))]
+    except OSError:
+        return []
+    return [(name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in found]
 
 
 def _content(path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import pytest
 from sft_samples import World, random_records, record, write_records
 
 from megatron_cgn.data.conversations import Conversation
-from megatron_cgn.data.sft_store import SftStore, build_store, open_store, question_hash
+from megatron_cgn.data.sft_store import Report, SftStore, build_store, open_store, question_hash
 from megatron_cgn.errors import DataError
 from tokenizer.chat import Message
 
@@ -100,6 +100,42 @@ def test_an_empty_file_is_refused(world: World, tmp_path: Path) -> None:
     path = write_records(tmp_path / "a.jsonl", [])
     with pytest.raises(DataError, match="a.jsonl"):
         build(world, path, tmp_path / "cache")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_records(path, random_records("q", 5))
+    text = path.read_text()
+
+    def report(name: str, done: int, total: int) -> None:
+        path.write_text(text.replace("?", "!")[::-1])  # of the same size
+
+    def build(how: Report | None) -> Path:
+        cache = tmp_path / "cache"
+        return build_store(
+            path, chat=world.chat, tokenizer=world.tokenizer, cache=cache, report=how
+        )
+
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        build(report)
+    assert not list((tmp_path / "cache").iterdir()), "nothing lies under the old content's key"
+    path.write_text(text)
+    assert len(open_store(build(None))) == 5
+
+
+def test_processes_that_build_at_once_leave_one_store(world: World, tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl", random_records("q", 20))
+    inner: list[Path] = []
+
+    def report(name: str, done: int, total: int) -> None:
+        if not inner:  # another process builds the same while this one is in the middle of it
+            inner.append(build(world, path, tmp_path / "cache").folder)
+
+    folder = build_store(
+        path, chat=world.chat, tokenizer=world.tokenizer, cache=tmp_path / "cache", report=report
+    )
+    assert list((tmp_path / "cache").iterdir()) == [folder] == inner
+    assert len(open_store(folder)) == 20
 
 
 def test_a_missing_file_is_refused(world: World, tmp_path: Path) -> None:
