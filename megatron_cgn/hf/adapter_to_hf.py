@@ -106,10 +106,15 @@ def merge_checkpoint(
     Raises:
         CheckpointError: If the checkpoint is damaged, holds no adapters, or the base is not found
             or has other weights than the adapters were trained on.
-        ModelError: If base or disk are at fault. Nothing is left behind then.
+        ModelError: If base or disk are at fault, or `out_dir` is the base. Nothing is left behind
+            then.
     """
     source, target = Path(checkpoint_dir), directory_to_write(Path(out_dir), error=ModelError)
     model = _base(source, base)
+    if target in (model.resolve(), *model.resolve().parents):
+        raise ModelError(
+            f"{target}: would replace the model that the adapters belong to; give another directory"
+        )
     with _beside(target) as work:
         convert_adapter(source, work / "adapter", base=str(model))
         if (model / CHECKPOINT_FILE).is_file():
@@ -192,7 +197,7 @@ def _check_base(checkpoint: Path, record: Mapping[str, Any], base: Path) -> None
 def _beside(target: Path) -> Iterator[Path]:
     """A directory on the target's disk for what is needed on the way; removed in any case."""
     try:
-        work = work_directory(target)
+        work = work_directory(target.with_name(f"{target.name}-parts"))
     except OSError as fault:
         raise ModelError(f"{target}: could not be written: {fault}") from fault
     try:

@@ -108,9 +108,19 @@ def disk_fault(target: Path, fault: OSError) -> str:
 
 
 def work_directory(target: Path) -> Path:
-    """Create an empty sibling of `target` to be filled and renamed."""
+    """Create an empty sibling of `target` to be filled and renamed.
+
+    One that a kill has left is told of, since its name hides it and it may be as large as a model.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:8]}")
+    prefix = f".{target.name}.tmp-"
+    for left in sorted(p for p in target.parent.iterdir() if p.name.startswith(prefix)):
+        logger.warning(
+            "%s: unfinished, left by a program that was killed unless one is writing it now; "
+            "remove it by hand",
+            left,
+        )
+    work = target.with_name(prefix + uuid.uuid4().hex[:8])
     work.mkdir()
     return work
 

@@ -45,6 +45,16 @@ def test_what_was_there_returns_if_it_cannot_be_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_a_kill_has_left_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".out.tmp-1234abcd", ".other.tmp-1234abcd"):
+        (tmp_path / name).mkdir()
+    with caplog.at_level(logging.WARNING):
+        _write(tmp_path / "out", "new")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path / '.out.tmp-1234abcd'}: unfinished")
+    assert (tmp_path / ".out.tmp-1234abcd").is_dir()  # another program may be writing it
+
+
 def test_an_old_directory_that_cannot_be_removed_is_only_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

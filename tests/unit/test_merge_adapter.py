@@ -20,6 +20,9 @@ from torch import Tensor
 
 from megatron_cgn.errors import ModelError
 from megatron_cgn.hf import merge
+from megatron_cgn.hf.adapter_to_hf import merge_checkpoint
+from megatron_cgn.hf.checkpoint_layout import CheckpointInfo, write_info
+from megatron_cgn.hf.fingerprint import weights_fingerprint
 from megatron_cgn.hf.merge import merge_adapter, merged_bytes
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -163,6 +166,27 @@ def test_weights_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="infinite or not a number in float16; .*--dtype fp32"):
         merge_adapter(tmp_path / "m", tmp_path / "large", tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["m", "."])
+def test_a_checkpoints_adapters_never_replace_their_base(tmp_path: Path, output: str) -> None:
+    write_sample(tmp_path / "m")
+    (tmp_path / "checkpoint").mkdir()
+    adapter = {"base_fingerprint": weights_fingerprint(tmp_path / "m"), "base": "elsewhere"}
+    info = CheckpointInfo(
+        step=1,
+        consumed_sequences=1,
+        has_optimizer=False,
+        vocab_size=77,
+        padded_vocab_size=128,
+        dtype="fp32",
+        adapter=adapter,
+    )
+    write_info(tmp_path / "checkpoint", info)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ModelError, match="would replace the model that the adapters belong to"):
+        merge_checkpoint(tmp_path / "checkpoint", tmp_path / output, base=str(tmp_path / "m"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
