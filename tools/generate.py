@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 tools/generate.py --tensor-parallel 4 --model models
 """
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -47,14 +48,15 @@ def main() -> int:
     """
     args = _parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _terminate)
+    _be_lenient_with_bytes()
     try:
         _check_arguments(args)
         _run(args)
     except UserError as error:
         tell_once(f"error: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated):
         kept = f"; what {args.output} has stays, the same command goes on" if args.output else ""
         tell_once(f"error: interrupted{kept}")
         return 130
@@ -62,8 +64,19 @@ def main() -> int:
     return 0
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+class _Terminated(BaseException):
+    """SIGTERM. Unlike an interrupt it ends a conversation, not only the answer being given."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _be_lenient_with_bytes() -> None:
+    """Let no byte typed, or character that a terminal lacks, end a conversation."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -120,6 +133,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
             "give one of --prompt, --input, --chat",
         ),
         (bool(args.input) != bool(args.output), "--input and --output: give both, or neither"),
+        (
+            args.input
+            and args.output
+            and Path(args.output).resolve() == Path(args.input).resolve(),
+            f"--output: {args.output} is the --input itself, which would be lost; give another",
+        ),
         (args.raw and args.chat, "--raw: a conversation needs a template; leave --raw out"),
         (args.raw and args.template, "--template: has no effect with --raw"),
         (args.raw and args.system is not None, "--system: has no effect with --raw"),

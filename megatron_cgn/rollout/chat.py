@@ -72,7 +72,8 @@ def _answer(
         parts.append(stream.end())
         write(f"{parts[-1]}\n")
     except DataError as fault:
-        write(f"error: {fault} Your last message was left out; /reset starts anew.\n")
+        reason = str(fault).rstrip(".")
+        write(f"error: {reason}. Your last message was left out; /reset starts anew.\n")
         return None
     except KeyboardInterrupt:
         if not may_stop:

@@ -162,10 +162,10 @@ class AnswerFile:
         Raises:
             DataError: If the disk refuses; what was there before stays.
         """
-        text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        content = b"".join(_line(row) for row in rows)
         try:
             with self.path.open("ab") as file:
-                file.write(text.encode())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -209,3 +209,11 @@ class AnswerFile:
                 f"{self.path}: has a line that is no answer ({error!r}). Give another --output, "
                 "or --overwrite to begin anew."
             ) from error
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # a field has half a character, which only an escape can spell
+        text = json.dumps(row).encode()
+    return text + b"\n"

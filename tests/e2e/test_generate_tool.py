@@ -2,9 +2,13 @@
 
 import importlib.util
 import io
+import itertools
 import json
+import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +28,26 @@ NEEDS_MODEL = pytest.mark.skipif(not DEMO.is_dir(), reason="run `make demo-model
 Tool = Callable[..., int]
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
-    """The tool's `main` in this process, with these arguments."""
+def _load() -> Any:
     spec = importlib.util.spec_from_file_location("generate_tool", ROOT / "tools/generate.py")
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
+    return module
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tool, which leaves the signals of this process alone."""
+    module = _load()
     monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    return module
+
+
+@pytest.fixture
+def tool(module: Any, monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """The tool's `main` in this process, with these arguments."""
 
     def run(*args: str | Path) -> int:
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
@@ -40,7 +55,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tool]:
         shutdown_parallel()
         return code
 
-    yield run
+    return run
 
 
 def _said(*texts: str) -> list[dict[str, str]]:
@@ -79,15 +94,40 @@ def test_prompts_are_answered_as_by_transformers(
     assert capsys.readouterr().out == "".join(blocks)
 
 
+def _killed(arguments: list[str]) -> None:
+    """Run the tool in this process, which is killed when it answers for the second time."""
+    place: Any = tasks
+    complete, calls = place.complete, itertools.count(1)
+
+    def killed(*args: Any, **kwargs: Any) -> list[Answer]:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found: list[Answer] = complete(*args, **kwargs)
+        return found
+
+    place.complete = killed
+    sys.argv = ["generate.py", *arguments]
+    _load().main()
+
+
 @NEEDS_MODEL
-def test_a_file_is_gone_on_with(
-    tool: Tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_file_is_gone_on_with_after_a_kill(
+    tool: Tool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "q.jsonl"
     records = [{"prompt": text, "topic": i} for i, text in enumerate([*TEXTS, "a", "b"])]
     source.write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    options = ("--model", DEMO, "--input", source, "--max-new-tokens", "4", "--batch-size", "1")
-    options += ("--temperature", "1.5", "--seed", "5")
+    options: tuple[str | Path, ...] = (
+        "--model",
+        DEMO,
+        "--input",
+        source,
+        "--max-new-tokens",
+        "4",
+        "--batch-size",
+        "1",
+    )
+    options += ("--batch-size", "1", "--temperature", "1.5", "--seed", "5")
     assert tool(*options, "--output", tmp_path / "whole.jsonl") == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()
     rows = [json.loads(line) for line in whole.splitlines()]
@@ -95,19 +135,13 @@ def test_a_file_is_gone_on_with(
     assert [row["id"] for row in rows] == [f"q.jsonl:{i}" for i in range(1, 7)]
     assert len({row["answer"] for row in rows}) > 3
 
-    complete, calls = tasks.complete, []
-
-    def interrupted(*args: Any, **kwargs: Any) -> list[Answer]:
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return complete(*args, **kwargs)
-
     parts = tmp_path / "parts.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(tasks, "complete", interrupted)
-        assert tool(*options, "--output", parts) == 130
-    assert "interrupted" in capsys.readouterr().err
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_killed, args=([*map(str, options), "--output", str(parts)],)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert parts.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
     with parts.open("ab") as file:
         file.write(b'{"prompt": "a", "id": "q.js')  # as a machine that goes down leaves it
@@ -116,6 +150,39 @@ def test_a_file_is_gone_on_with(
     assert "6 answers (4 of them before)" in capsys.readouterr().out
     assert tool(*options, "--top-k", "3", "--output", parts) == 2
     assert "top_k None → 3" in capsys.readouterr().err and parts.read_bytes() == whole
+
+
+@pytest.mark.parametrize("ended_by", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_tool_says_what_stays(
+    module: Any,
+    tool: Tool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ended_by: str,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    # Not an interrupt, which in a conversation would end the answer alone.
+    terminated = lambda *_: module._terminate(signal.SIGTERM, None)  # noqa: E731
+    monkeypatch.setattr(module, "_run", {"SIGINT": interrupted, "SIGTERM": terminated}[ended_by])
+    assert tool("--model", "x", "--input", "q.jsonl", "--output", "a.jsonl") == 130
+    told = capsys.readouterr().err
+    assert told == "error: interrupted; what a.jsonl has stays, the same command goes on\n"
+    assert not issubclass(module._Terminated, KeyboardInterrupt)
+
+
+def test_bytes_and_characters_of_other_encodings_end_nothing(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="gbk")
+    monkeypatch.setattr(sys, "stdin", typed)
+    monkeypatch.setattr(sys, "stdout", shown)
+    module._be_lenient_with_bytes()
+    assert tasks._next_line() == "a\udcffb"
+    tasks._write("水🙂")
+    assert shown.buffer.getvalue() == "水?".encode("gbk")
 
 
 @NEEDS_MODEL
@@ -141,6 +208,7 @@ def test_a_conversation_goes_on_and_begins_anew(
         (["--model", "nowhere"], "give one of --prompt, --input, --chat"),
         (["--model", "nowhere", "--prompt", "x", "--chat"], "give one of"),
         (["--model", "nowhere", "--input", "x"], "--input and --output: give both"),
+        (["--model", "nowhere", "--input", "./x", "--output", "x"], "x is the --input itself"),
         (["--model", "nowhere", "--prompt", "x", "--overwrite"], "--overwrite: has no effect"),
         (["--model", "nowhere", "--prompt", "x", "--num-samples", "2"], "would be the same"),
         (["--model", "nowhere", "--chat", "--raw"], "--raw: a conversation needs a template"),

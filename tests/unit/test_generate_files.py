@@ -105,3 +105,17 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no foreign.jsonl.settings.json"):
         AnswerFile(foreign, settings={}, overwrite=False)
     assert foreign.read_text() == '{"id": "a"}'
+
+
+def test_half_a_character_in_a_field_does_not_lose_answers(tmp_path: Path) -> None:
+    questions = read_questions(
+        _write(tmp_path / "q.jsonl", {"prompt": "水", "topic": "\ud800"}, {"prompt": "水"}),
+        system=None,
+        raw=False,
+    )
+    path = tmp_path / "a.jsonl"
+    answers = AnswerFile(path, settings={}, overwrite=False)
+    answers.append([{**q.record, "id": q.id} for q in questions])
+    first, second = path.read_text("utf-8").splitlines()
+    assert json.loads(first)["topic"] == "\ud800" and '"水"' in second
+    assert AnswerFile(path, settings={}, overwrite=False).done == {"q.jsonl:1", "q.jsonl:2"}
