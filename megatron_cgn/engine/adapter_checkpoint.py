@@ -83,7 +83,8 @@ def check_adapters(info: CheckpointInfo, record: Mapping[str, Any] | None, direc
             f"and those of {record[_BASE]!r} are others"
         )
     faults += [
-        f"lora.{name}: checkpoint {written.get(name)!r}, this run {value!r}"
+        f"{_SPELLED.get(name, 'lora.' + name)}: checkpoint {written.get(name)!r}, "
+        f"this run {value!r}"
         for name, value in record.items()
         if name not in (_BASE, _FINGERPRINT) and written.get(name) != value
     ]
@@ -113,6 +114,10 @@ def check_is_whole(directory: Path, info: CheckpointInfo) -> None:
             "the run exported (output_dir/export), or set model.hf_path to that model and "
             "lora.adapter_path to the adapter that the run exported (output_dir/adapter)."
         )
+
+
+_SPELLED = {"scaling": "lora.alpha / rank (lora.use_rslora: / its root)"}
+"""What is no setting of its own, by the settings that it is made of."""
 
 
 def _base_fingerprint(run: RunConfig) -> str:
