@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 from megatron_cgn.config.schema import LoraConfig
 from megatron_cgn.hf.safetensors_io import TensorTypes
@@ -35,6 +36,8 @@ def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
         f"- matrices held whole: {whole or 'none'}",
         f"- {count:,} values in {', '.join(dtypes)}, {size / 2**20:.1f} MiB",
     ]
+    is_checkpoint = (Path(base) / "checkpoint.json").is_file()
+    opened = "EXPORTED_BASE" if is_checkpoint else base
     return "\n".join(
         [
             "---",
@@ -48,20 +51,35 @@ def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
             "",
             *facts,
             "",
+            *(_exporting(base, opened) if is_checkpoint else ()),
             "## Open it",
             "",
             "```python",
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({opened!r})",
             'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
             'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
             "```",
             "",
-            *_serving(lora, base),
+            *_serving(lora, opened),
         ]
     )
+
+
+def _exporting(base: str, exported: str) -> list[str]:
+    return [
+        "## Export the base",
+        "",
+        "The base is a checkpoint of training, which `peft` and servers cannot open. Export it "
+        "once:",
+        "",
+        "```bash",
+        f"python tools/convert_checkpoint.py to-hf --input {base} --output {exported}",
+        "```",
+        "",
+    ]
 
 
 def _serving(lora: LoraConfig, base: str) -> list[str]:

@@ -316,6 +316,15 @@ def test_the_card_says_what_it_is_and_how_it_is_served() -> None:
         assert "merge-adapter --model some/base" in card
 
 
+def test_the_card_exports_a_base_that_only_training_opens(tmp_path: Path) -> None:
+    lora, types = LoraConfig(rank=4), {"a": (torch.bfloat16, (4, 25))}
+    assert "to-hf" not in adapter_card(lora, base=str(tmp_path), types=types)
+    (tmp_path / "checkpoint.json").touch()
+    card = adapter_card(lora, base=str(tmp_path), types=types)
+    assert f"to-hf --input {tmp_path} --output EXPORTED_BASE" in card
+    assert "from_pretrained('EXPORTED_BASE')" in card and "serve EXPORTED_BASE" in card
+
+
 def test_tensors_are_the_files(tmp_path: Path) -> None:
     tensors = write_adapter(tmp_path / "a", whole=("lm_head",))
     opened = AdapterFile(tmp_path / "a").tensors
