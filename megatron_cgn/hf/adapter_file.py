@@ -27,7 +27,7 @@ from megatron_cgn.model.architecture import Architecture
 _EMBEDDING, _HEAD = WHOLE_MATRICES["embed_tokens"], WHOLE_MATRICES["lm_head"]
 
 
-_STATE_NAME = re.compile(r"\.lora_[AB]\.(?!weight$)[^.]+\.weight$|\.(modules_to_save|base_layer)\.")
+_STATE_NAME = re.compile(r"\.lora_[AB]\.(?!weight$)[^.]+\.weight$|\.modules_to_save\.")
 """In a model that is being trained, names hold that of the adapter, e.g. ``lora_A.default.weight``;
 `peft` saves without it."""
 

@@ -196,6 +196,11 @@ def test_tensors_of_another_model_are_named_with_both_shapes(tmp_path: Path) -> 
             r"norm\.weight' is not supported: adapters may be on q_proj",
         ),
         (
+            # What `peft` saves of adapters on an embedding.
+            {"base_model.model.model.embed_tokens.base_layer.weight": torch.zeros(77, 24)},
+            r"base_layer\.weight' is not supported: adapters may be on q_proj",
+        ),
+        (
             {n.replace("_A.weight", "_A.default.weight"): t for n, t in tensors.items()},
             r"\.default\.weight' is not supported: .*training state; save .*save_pretrained",
         ),
