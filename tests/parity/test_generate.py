@@ -130,7 +130,7 @@ def alone(models: dict[str, Path]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks(models: dict[str, Path]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    return run_distributed(_run_two_ranks, 2, models)
+    return run_distributed(_run_two_ranks, 2, models, warm=True)
 
 
 def _transformers(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[Any, list[list[int]]]:
@@ -196,7 +196,7 @@ def test_layouts_of_two_ranks_answer_alike(
 def test_a_layout_of_four_ranks_answers_alike(
     models: dict[str, Path], alone: dict[str, Any]
 ) -> None:
-    for answers in run_distributed(_run_layouts, 4, FOUR_RANKS, models):
+    for answers in run_distributed(_run_layouts, 4, FOUR_RANKS, models, warm=True):
         for name, case in FOUR_RANKS.items():
             _same(answers[name], alone[case.model])
 
