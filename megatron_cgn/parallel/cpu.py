@@ -49,6 +49,7 @@ def install() -> bool:
     _patch_factories()
     _patch_tensors()
     _patch_rng()
+    _patch_scaling()
     # Megatron wraps small functions in torch.compile; on a CPU that would need a C++ compiler
     # on the user's machine and minutes of warm-up for kernels that gain nothing.
     torch.compiler.set_stance("force_eager")
@@ -208,6 +209,25 @@ def _patch_tensors() -> None:
     tensor.record_stream = lambda self, stream: None
     module: Any = torch.nn.Module
     module.cuda = lambda self, *args, **kwargs: self
+
+
+def _scale(chunk_size: int, overflow: object, tensors: Any, factor: float) -> None:
+    """Write the first list's tensors times a factor into the second's, as Apex's kernel does."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=target)
+
+
+def _patch_scaling() -> None:
+    """Clip gradients in place: Megatron's stand-in for Apex's kernel copies each one.
+
+    That is a pass over all of them, and as much memory again as the largest, an embedding's, at
+    the very moment when a step holds most.
+    """
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    for module in (clip_grads, optimizer):
+        patched: Any = module
+        patched.multi_tensor_scale_impl = _scale
 
 
 def _patch_rng() -> None:

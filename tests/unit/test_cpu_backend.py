@@ -210,3 +210,32 @@ print(json.dumps(answers))
     mmap_threshold, top_pad, trim_threshold = -3, -2, -1  # as in glibc's malloc.h
     everything = [mmap_threshold, top_pad, trim_threshold]
     assert result == [everything, [top_pad, trim_threshold], [], [mmap_threshold, trim_threshold]]
+
+
+def test_gradients_are_clipped_in_place() -> None:
+    result = _python("""
+from torch.utils._python_dispatch import TorchDispatchMode
+from megatron.core.optimizer import clip_grads, optimizer
+cpu.install()
+made = []
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {a.data_ptr() for a in (*args, *(kwargs or {}).values())
+                 if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.data_ptr() not in known:
+            made.append(str(function))
+        return result
+weight = torch.nn.Parameter(torch.zeros(3))
+weight.grad = torch.tensor([3.0, 0.0, 4.0])
+buffer = weight.grad
+with Watch():
+    clip_grads.clip_grad_by_total_norm_fp32([weight], max_norm=1.0, total_norm=5.0)
+fp32, bf16 = torch.tensor([1.0 + 2.0**-9 + 2.0**-20]), torch.zeros(1, dtype=torch.bfloat16)
+optimizer._multi_tensor_copy_this_to_that([fp32], [bf16], torch.zeros(1, dtype=torch.int))
+print(json.dumps([buffer.tolist(), made, bf16.item()]))
+""")
+    clipped, made, copied = result
+    assert clipped == [pytest.approx(0.6, rel=1e-5), 0.0, pytest.approx(0.8, rel=1e-5)]
+    assert [name for name in made if "zeros" not in name] == []  # but for the overflow flag
+    assert copied == 1.0
