@@ -25,7 +25,7 @@ def conversation_faults(run: RunConfig) -> Iterator[str]:
         return
     yield from _data(run.data)
     yield from _chat(run.chat)
-    yield from _samples(run.samples)
+    yield from _samples(run.samples, can_answer=_can_answer(run))
     cp = run.parallel.context_parallel_size
     if run.model.backend == "te" and cp > 1:
         yield (
@@ -46,7 +46,7 @@ def conversation_model_faults(run: RunConfig, *, max_positions: int) -> Iterator
         A message a fault.
     """
     longest = run.samples.max_new_tokens
-    if run.stage in CONVERSATION_STAGES and _answers(run.samples) and longest >= max_positions:
+    if run.stage in CONVERSATION_STAGES and _can_answer(run) and longest >= max_positions:
         yield (
             f"samples.max_new_tokens: {longest} leaves no room for a prompt in the model's "
             f"max_position_embeddings={max_positions}; use less."
@@ -104,10 +104,15 @@ def _chat(chat: ChatConfig) -> Iterator[str]:
         yield "chat.template: is empty; give a name or a file, or null for the tokenizer's own."
 
 
-def _samples(samples: SamplesConfig) -> Iterator[str]:
+def _samples(samples: SamplesConfig, *, can_answer: bool) -> Iterator[str]:
     default = SamplesConfig()
     if samples.count < 0:
         yield f"samples.count: {samples.count}; must be at least 0."
+    elif samples.count not in (0, default.count) and not can_answer:
+        yield (
+            f"samples.count: {samples.count} has no effect, since nothing is held out; set "
+            "data.validation_fraction or a source's validation_path, or give samples.prompts."
+        )
     elif samples.prompts and samples.count != default.count:
         yield (
             f"samples.count: {samples.count} has no effect beside samples.prompts, which are all "
@@ -118,12 +123,16 @@ def _samples(samples: SamplesConfig) -> Iterator[str]:
             yield f"samples.prompts.{index}: is empty; say what the user asks, or remove it."
     if samples.max_new_tokens < 1:
         yield f"samples.max_new_tokens: {samples.max_new_tokens}; must be at least 1."
-    elif not _answers(samples) and samples.max_new_tokens != default.max_new_tokens:
+    elif not can_answer and samples.max_new_tokens != default.max_new_tokens:
         yield (
             f"samples.max_new_tokens: {samples.max_new_tokens} has no effect, since nothing is "
-            "answered; raise samples.count, or give samples.prompts."
+            "answered; give samples.prompts, or hold conversations out and raise samples.count."
         )
 
 
-def _answers(samples: SamplesConfig) -> bool:
-    return bool(samples.prompts) or samples.count > 0
+def _can_answer(run: RunConfig) -> bool:
+    """Whether there is anything to answer, as far as settings say."""
+    data, samples = run.data, run.samples
+    held_out = data.validation_fraction > 0 or any(s.validation_path for s in data.sources)
+    # Without sources, as in a recipe, nobody knows yet.
+    return bool(samples.prompts) or (samples.count > 0 and (held_out or not data.sources))

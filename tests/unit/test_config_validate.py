@@ -540,6 +540,16 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         1,
         ["samples.prompts.1: is empty"],
     ),
+    "samples-of-nothing-held-out": (
+        {**SFT, "samples.count": 2},
+        1,
+        ["samples.count: 2 has no effect, since nothing is held out", "data.validation_fraction"],
+    ),
+    "length-of-samples-of-nothing-held-out": (
+        {**SFT, "samples.max_new_tokens": 9},
+        1,
+        ["samples.max_new_tokens: 9 has no effect", "samples.prompts"],
+    ),
     "samples-of-no-token": (
         {**SFT, "samples.max_new_tokens": 0},
         1,
@@ -568,7 +578,7 @@ CUTS: dict[str, tuple[dict[str, Any], _Model, list[str]]] = {
         ["lora.rank: 33", "k_proj [32, 64]", "at most 32"],
     ),
     "samples": (
-        {**SFT, "samples.max_new_tokens": 128},
+        {**SFT, "samples.max_new_tokens": 128, "data.validation_fraction": 0.1},
         _Model(max_position_embeddings=128),
         ["samples.max_new_tokens: 128", "no room", "max_position_embeddings=128"],
     ),
@@ -598,6 +608,7 @@ def _message(call: Callable[[], None]) -> str:
         ({"optim.min_lr": 1e-5, "optim.schedule": "constant"}, 1),
         ({**SFT, "data.packing": False, "chat.last_turn_only": True, CP: 2}, 2),
         ({**SFT, "samples.prompts": ("q", "r", "s", "t"), "samples.max_new_tokens": 9}, 1),
+        ({**SFT, "samples.count": 5, "data.validation_fraction": 0.1}, 1),
         ({**SFT, "samples.count": 0, "data.mix": {"domain": 1.0}}, 1),
         ({**SFT, "samples.prompts": ("q",), "train.validation_interval_steps": 5}, 1),
         (
