@@ -228,6 +228,8 @@ def _saved(path: Path) -> Iterator[tuple[list[Any], int]]:
     import datasets
 
     try:
+        if json.loads((path / "state.json").read_text("utf-8"))["_data_files"] == []:
+            return  # saved without a row, which `datasets` cannot open again
         dataset = datasets.load_from_disk(str(path))
         names = _known(dataset.column_names, path)
         table = dataset.select_columns(names).with_format("arrow")

@@ -258,6 +258,16 @@ def test_tables(kind: str, tmp_path: Path) -> None:
     assert sum(progress) == size
 
 
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    table = pa.table({"messages": pa.array([], pa.string())})
+    pq.write_table(table, tmp_path / "t.parquet")
+    Dataset(table).save_to_disk(tmp_path / "saved")
+    for name in ("t.parquet", "saved"):
+        assert list(read_conversations(tmp_path / name)) == []
+
+
 def test_a_table_without_conversations(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x"]}), path)
