@@ -8,6 +8,8 @@ STAMP := .venv/.installed
 DEMO_MODEL := .cache/smollm2-135m-instruct
 # Options for the program behind a target, e.g. make test ARGS="-k rope"
 ARGS ?=
+# Files of tests that run side by side; many of them start two to four processes of their own.
+JOBS ?= 2
 
 # Benchmarks that need no files of the user's; the others say in benchmarks/README.md what they want.
 BENCHES := blend convert load redact
@@ -31,7 +33,7 @@ quickstart: demo-model ## Train a real model on CPU and report what it learned (
 	$(PY) tools/quickstart.py $(ARGS)
 
 test: demo-model ## Run the tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: $(STAMP) ## Run ruff, mypy and import-linter
 	$(PY) -m ruff check .

@@ -5,6 +5,7 @@ Not imported by the package itself.
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import sys
@@ -23,13 +24,24 @@ FP32_PARALLEL_RTOL = 1e-5
 """Two layouts of one FP32 computation: sums in another order, over at most ten steps."""
 HF_LOGITS_ATOL = 1e-4
 """FP32 logits against `transformers`: other kernels, the same equations."""
+_PORTS = range(20_000, 32_000)
+"""Below those that Linux hands out unless told otherwise, which begin at 32,768."""
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of the loopback interface that is free now, and likely still is in a while.
+
+    It is not one of those that the system hands out by itself: until the processes that are to
+    meet there have started, others, such as those of a test beside this one, open hundreds.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(f"no free TCP port between {_PORTS.start} and {_PORTS.stop - 1}")
 
 
 def run_distributed(

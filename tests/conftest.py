@@ -1,7 +1,12 @@
 """Fixtures that several kinds of tests share."""
 
+import hypothesis
 import pytest
 from tiny_files import TinyFiles, write_tiny_files
+
+# How long an example takes says something about the machine and what else runs on it.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
