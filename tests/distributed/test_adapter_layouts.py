@@ -242,7 +242,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     tensors = load_file(file)
     tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"] + 1.0
     save_file(tensors, file)
-    results = run_distributed(_rank, NUM_PROCESSES, str(root), [free_port() for _ in LAYOUTS])
+    results = run_distributed(
+        _rank, NUM_PROCESSES, str(root), [free_port() for _ in LAYOUTS], warm=True
+    )
     messages = {tuple(result["refused"]) for result in results}
     assert len(messages) == 1
     return root, results[0]
