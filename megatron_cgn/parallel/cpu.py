@@ -50,6 +50,7 @@ def install() -> bool:
     _patch_tensors()
     _patch_rng()
     _patch_scaling()
+    _patch_buffers()
     # Megatron wraps small functions in torch.compile; on a CPU that would need a C++ compiler
     # on the user's machine and minutes of warm-up for kernels that gain nothing.
     torch.compiler.set_stance("force_eager")
@@ -228,6 +229,30 @@ def _patch_scaling() -> None:
     for module in (clip_grads, optimizer):
         patched: Any = module
         patched.multi_tensor_scale_impl = _scale
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def wrapper(output: torch.Tensor, source: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        in_place = output.data_ptr() == source.data_ptr() and output.numel() == source.numel()
+        # A group of one, which need not wait either.
+        if in_place and not kwargs.get("async_op"):
+            return None
+        return collective(output, source, *args, **kwargs)
+
+    return wrapper
+
+
+def _patch_buffers() -> None:
+    """Let a rank that shares with nobody leave its buffers of weights and gradients as they are.
+
+    gloo would copy each whole buffer to gather or scatter it from itself to itself.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    patched: Any = param_and_grad_buffer
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(patched, name, _unless_alone(getattr(patched, name)))
 
 
 def _patch_rng() -> None:

@@ -239,3 +239,24 @@ print(json.dumps([buffer.tolist(), made, bf16.item()]))
     assert clipped == [pytest.approx(0.6, rel=1e-5), 0.0, pytest.approx(0.8, rel=1e-5)]
     assert [name for name in made if "zeros" not in name] == []  # but for the overflow flag
     assert copied == 1.0
+
+
+def test_buffers_are_exchanged_unless_they_are_all_there_is() -> None:
+    result = _python("""
+from megatron.core.distributed import param_and_grad_buffer as buffers
+calls = []
+names = ("dist_all_gather_func", "dist_reduce_scatter_func")
+for name in names:
+    setattr(buffers, name, lambda *args, name=name, **kwargs: calls.append(name) or "handle")
+cpu.install()
+whole = torch.arange(4.0)
+gather, scatter = (getattr(buffers, name) for name in names)
+answers = [gather(whole, whole[:], group=None), scatter(whole[:], whole, op=None, async_op=False)]
+alone = list(calls)
+# The first of two ranks' shares begins where the whole does.
+answers += [gather(whole, whole[:2]), scatter(whole[:2], whole),
+            gather(whole, whole[:], async_op=True)]
+print(json.dumps([answers, alone, calls]))
+""")
+    gather, scatter = "dist_all_gather_func", "dist_reduce_scatter_func"
+    assert result == [[None, None, *["handle"] * 3], [], [gather, scatter, gather]]
