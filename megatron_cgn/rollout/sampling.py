@@ -1,8 +1,9 @@
 """From logits to a token: greedy, or drawn after temperature, top-k and top-p.
 
 The three act in this order and keep as much as those of `transformers` keep, ties included, so that
-a setting means here what it means there; of equals that top-p parts, the higher ids stay. A draw depends on the logits, the seed and the number of
-tokens drawn before, never on what else is in the batch.
+a setting means here what it means there; of equals that top-p parts, the higher ids stay. A draw
+depends on the logits, the seed and the number of tokens drawn before, never on what else is in the
+batch.
 
 Shapes: B sequences, V ids of the vocabulary.
 """
