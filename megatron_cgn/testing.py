@@ -3,14 +3,14 @@
 Not imported by the package itself.
 """
 
-import ctypes
 import os
 import random
 import signal
 import socket
-import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,9 +74,12 @@ def run_distributed(
     if warm:
         context.set_forkserver_preload(["megatron_cgn.engine.engine"])
     results = context.Queue()
+    runner, held = context.Pipe(duplex=False)  # closed, at the latest, when this process ends
     port = free_port()
     processes = [
-        context.Process(target=_child, args=(rank, world_size, port, function, args, results))
+        context.Process(
+            target=_child, args=(rank, world_size, port, function, args, results, runner)
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -93,6 +96,7 @@ def run_distributed(
             if process.is_alive():
                 process.kill()
                 process.join()
+        held.close()
     if failures:
         raise RuntimeError("\n".join(f"rank {r}:\n{text}" for r, text in failures.items()))
     return [answers[rank] for rank in range(world_size)]
@@ -105,6 +109,7 @@ def _child(
     function: Callable[..., Any],
     args: Sequence[Any],
     results: Any,
+    runner: Connection,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -116,7 +121,7 @@ def _child(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    _die_with_parent()
+    threading.Thread(target=_die_with_runner, args=(runner,), daemon=True).start()
     try:
         results.put((rank, True, function(*args)))
     except BaseException:
@@ -143,11 +148,15 @@ def release_engine(engine: "Engine") -> None:
         setattr(engine.model_config, name, None)
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when the test runner ends, however it ends."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def _die_with_runner(runner: Connection) -> None:
+    """End this process when the test runner has ended, however it ended.
+
+    A process forked by a server is not the runner's child, and keeps the server alive.
+    """
+    try:
+        runner.recv()
+    except EOFError:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tiny_hf_model(path: str | Path, family: str = "llama", **overrides: Any) -> Path:

@@ -75,6 +75,10 @@ def score_labels(
         Negative log-likelihood of the labels, float32 ``[b, s]``; 0 where not counted.
     """
     group = output_layer.tp_group
+    # The layer itself is never called, and Megatron waits in its hooks for weights that are still
+    # being gathered.
+    for hook in output_layer._forward_pre_hooks.values():
+        hook(output_layer, (hidden_states,))
     weight = output_layer.weight if output_weight is None else output_weight
     if output_layer.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden_states, group=group)

@@ -4,6 +4,7 @@ The reference runs the model document by document, positions from 0, and knows n
 rows. Documents are of one token and up, cross every cut of a row, and some fill it.
 """
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_cgn.config.schema import ParallelConfig
 from megatron_cgn.data.loader import collate
 from megatron_cgn.data.windows import Sample
 from megatron_cgn.engine.engine import Engine
+from megatron_cgn.objectives.base import ForwardArgs
 from megatron_cgn.objectives.next_token import NextToken
 from megatron_cgn.parallel.state import shutdown_parallel
 from megatron_cgn.testing import FP32_PARALLEL_RTOL, HF_LOGITS_ATOL, run_distributed
@@ -126,9 +128,14 @@ def _micro_batches(rows: list[Sample], engine: Engine) -> list[TokenBatch]:
     return [collate(rows[i : i + size], eod_id=EOD) for i in range(first, first + share, size)]
 
 
+def _every_token(batch: TokenBatch) -> ForwardArgs:
+    """Arguments that ask for the loss of labels that do not count too."""
+    return dataclasses.replace(NextToken().forward_args(batch), counted=None)
+
+
 def _scores(engine: Engine, rows: list[Sample]) -> Any:
     """Losses of the labels of this rank's rows, ``[rows, S]``."""
-    scored = engine.score(_micro_batches(rows, engine), NextToken().forward_args)
+    scored = engine.score(_micro_batches(rows, engine), _every_token)
     return torch.cat([nll.view(-1, LENGTH) for _, nll in scored]).numpy()
 
 
