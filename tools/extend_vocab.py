@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from megatron_cgn.command_line import natural_int, positive_int
 from megatron_cgn.errors import UserError
 from megatron_cgn.quiet import quiet_dependencies
 
@@ -220,12 +221,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     group.add_argument("--field", default="text", help="field of the text (default: %(default)s)")
     group.add_argument(
-        "--max-corpus-mb", type=_positive, default=defaults.max_corpus_mb, metavar="MB",
+        "--max-corpus-mb", type=positive_int, default=defaults.max_corpus_mb, metavar="MB",
         help="of a corpus with more text, count a sample of so many; each MB takes some 9 MB of "
         "memory (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--workers", type=positive_int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes that count (default: as many as usable cores, here %(default)s)",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace an --output of this tool")
@@ -248,19 +249,19 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--deny", type=Path, metavar="FILE", help="what shall be none, a line each")
     group.add_argument(
-        "--min-frequency", type=_positive, default=rules.min_frequency, metavar="N",
+        "--min-frequency", type=positive_int, default=rules.min_frequency, metavar="N",
         help="times a token must be met in the corpus (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--min-spread", type=_positive, default=rules.min_spread, metavar="N",
+        "--min-spread", type=positive_int, default=rules.min_spread, metavar="N",
         help="documents it must be in (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--max-characters", type=_positive, default=rules.max_characters, metavar="N",
+        "--max-characters", type=positive_int, default=rules.max_characters, metavar="N",
         help="its length at most (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--sweep", type=_size, nargs="+", default=defaults.sizes, metavar="N",
+        "--sweep", type=natural_int, nargs="+", default=defaults.sizes, metavar="N",
         help=f"sizes to measure (default: {' '.join(map(str, defaults.sizes))})",
     )  # fmt: skip
     group.add_argument(
@@ -268,7 +269,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         help="none with a punctuation mark, or with a particle at an end (的反应)",
     )  # fmt: skip
     group.add_argument(
-        "--planned-training-mb", type=_positive, metavar="MB",
+        "--planned-training-mb", type=positive_int, metavar="MB",
         help="text that will be trained on, for the advice (default: the corpus once)",
     )  # fmt: skip
     group.add_argument(
@@ -276,7 +277,7 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         help="share of it that is of the domain (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--seq-length", type=_positive, default=defaults.seq_length, metavar="N",
+        "--seq-length", type=positive_int, default=defaults.seq_length, metavar="N",
         help="tokens of its sequences, for the FLOPs (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -291,25 +292,17 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--init", choices=METHODS, help="how they begin (default: mean)")
     group.add_argument("--seed", type=int, default=1234, metavar="N", help="(default: %(default)s)")
     group.add_argument(
-        "--make-vocab-size-divisible-by", type=_positive, default=128, metavar="N",
+        "--make-vocab-size-divisible-by", type=positive_int, default=128, metavar="N",
         help="rows of a tensor-parallel rank are a multiple of this (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--tensor-parallel", type=_positive, default=1, metavar="N",
+        "--tensor-parallel", type=positive_int, default=1, metavar="N",
         help="ranks that will share the rows (default: %(default)s)",
     )  # fmt: skip
 
 
 def _number(text: str) -> int | str:
-    return AUTO if text == AUTO else _positive(text)
-
-
-def _positive(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _size(text: str) -> int:
-    return _whole(text, least=0)
+    return AUTO if text == AUTO else positive_int(text)
 
 
 def _share(text: str) -> float:
@@ -319,16 +312,6 @@ def _share(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a number above 0, at most 1")
-    return value
-
-
-def _whole(text: str, *, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {least}")
     return value
 
 

@@ -21,6 +21,7 @@ quiet_dependencies()
 
 import torch  # noqa: E402
 
+from megatron_cgn.command_line import positive_int  # noqa: E402
 from megatron_cgn.config.schema import ParallelConfig  # noqa: E402
 from megatron_cgn.engine.engine import Engine  # noqa: E402
 from megatron_cgn.errors import ConfigError, UserError  # noqa: E402
@@ -173,24 +174,20 @@ def _parse() -> argparse.Namespace:
     add("--system", metavar="TEXT", help="what the system says first")
     add("--template", metavar="NAME", help="bundled chat template or Jinja file (the model's own)")
     add("--raw", action="store_true", help="continue texts as they are, without a chat template")
-    add("--max-new-tokens", type=_positive, default=512, metavar="N", help="longest answer (512)")
+    add(
+        "--max-new-tokens", type=positive_int, default=512, metavar="N", help="longest answer (512)"
+    )
     add("--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy")
     add("--top-k", type=int, metavar="N", help="draw from the N likeliest tokens only (all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="… from those of probability P (1)")
     add("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
-    add("--num-samples", type=_positive, default=1, metavar="K", help="answers a prompt (1)")
-    add("--batch-size", type=_positive, metavar="N", help="answers at once (what memory holds)")
-    add("--tensor-parallel", type=_positive, default=1, metavar="N", help="ranks a matrix (1)")
-    add("--pipeline-parallel", type=_positive, default=1, metavar="N", help="stages (1)")
+    add("--num-samples", type=positive_int, default=1, metavar="K", help="answers a prompt (1)")
+    add("--batch-size", type=positive_int, metavar="N", help="answers at once (what memory holds)")
+    add("--tensor-parallel", type=positive_int, default=1, metavar="N", help="ranks a matrix (1)")
+    add("--pipeline-parallel", type=positive_int, default=1, metavar="N", help="stages (1)")
     default = "bf16" if torch.cuda.is_available() else "fp32"
     add("--precision", choices=["bf16", "fp16", "fp32"], default=default, help=f"({default} here)")
     return parser.parse_args()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a positive integer")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_cgn.command_line import positive_int
 from megatron_cgn.config.corpus import CorpusConfig
 from megatron_cgn.corpus.manifest import one_sided
 from megatron_cgn.corpus.pipeline import prepare_corpus
@@ -181,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="settings, a YAML file")
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes (default: one a core)",
@@ -189,16 +190,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
     parser.add_argument("override", nargs="*", metavar="step.name=value", help="settings")
     return parser
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return value
 
 
 def _sorted_words(inputs: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from megatron_cgn.command_line import positive_int
 from tokenizer.chat import bundled_templates
 
 
@@ -27,7 +28,7 @@ def index_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_int,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes that encode (default: as many as usable cores, here %(default)s)",
@@ -88,7 +89,11 @@ def info_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, metavar="P", help="index")
     parser.add_argument("--tokenizer", metavar="DIR", help="the tokenizer that made it")
     parser.add_argument(
-        "--sample", type=_positive, default=0, metavar="N", help="documents to show, evenly spread"
+        "--sample",
+        type=positive_int,
+        default=0,
+        metavar="N",
+        help="documents to show, evenly spread",
     )
     parser.set_defaults(parser=parser)
     return parser
@@ -113,7 +118,7 @@ def sft_parser() -> argparse.ArgumentParser:
         help=f"the tokenizer's own if not given; a .jinja file or {', '.join(bundled_templates())}",
     )
     parser.add_argument(
-        "--seq-length", type=_positive, metavar="N", help="count, and list, longer ones"
+        "--seq-length", type=positive_int, metavar="N", help="count, and list, longer ones"
     )
     parser.add_argument(
         "--validate", action="store_true", help="list every faulty record with file, line, reason"
@@ -121,7 +126,7 @@ def sft_parser() -> argparse.ArgumentParser:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="faults and figures, an object a line")
     output.add_argument(
-        "--show", type=_positive, default=0, metavar="N", help="conversations to show, marked"
+        "--show", type=positive_int, default=0, metavar="N", help="conversations to show, marked"
     )
     counted = parser.add_mutually_exclusive_group()
     counted.add_argument(
@@ -141,13 +146,3 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing index")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return value
