@@ -85,11 +85,13 @@ def _run(case: Case) -> dict[str, Any]:
         weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     if case.sequence_parallel:
         hidden = hidden.chunk(size)[rank].clone()
+    gathered: list[Any] = []
     layer = SimpleNamespace(
         tp_group=group,
         weight=weight,
         sequence_parallel=case.sequence_parallel,
         num_valid=min(max(VOCABULARY - rank * width, 0), width),
+        _forward_pre_hooks={"gather": lambda module, args: gathered.append(module)},
     )
     call = HeadCall(
         counted=counted if case.counted else None,
@@ -100,6 +102,7 @@ def _run(case: Case) -> dict[str, Any]:
     nll = score_labels(
         hidden_states=hidden, output_layer=layer, output_weight=None, labels=labels, context=call
     )
+    assert gathered == [layer], "Megatron waits for gathered weights in the layer's hooks"
     nll.backward(by_nll.to(nll.dtype))
     by_weight = None if case.frozen else weight.grad
     if case.main_grad:
