@@ -7,6 +7,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["bf16", "fp16", "fp32"]
+PreferenceLoss = Literal[
+    "sigmoid",
+    "ipo",
+    "hinge",
+    "robust",
+    "apo_zero",
+    "apo_down",
+    "simpo",
+    "orpo",
+    "kto",
+]
+"""Losses of stage ``dpo``; the equation and paper of each: `megatron_cgn.objectives`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +153,42 @@ class SamplesConfig:
     """How many held-out conversations are answered where ``prompts`` gives none; 0 for none."""
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """What preference learning minimises. An option that the chosen loss does not use is refused.
+
+    None stands for the loss's own default, so that whoever gives an option is told when it has no
+    effect.
+    """
+
+    type: PreferenceLoss | None = None
+    """Loss of stage ``dpo``. None: ``sigmoid``, the loss of the DPO paper."""
+    beta: float | None = None
+    """How strongly the policy is held to the reference; IPO's tau; ORPO's lambda; SimPO's scale.
+    None: 0.1, and 2.0 for ``simpo``."""
+    label_smoothing: float | None = None
+    """Share of pairs taken to be the wrong way round: ``sigmoid`` (cDPO) and ``robust``.
+    None: 0.0, and 0.1 for ``robust``."""
+    length_normalized: bool | None = None
+    """Whether rewards are per counted token instead of per answer: ``sigmoid``, ``hinge``.
+    (``ipo``, ``simpo`` and ``orpo`` always are.) None: false."""
+    rpo_alpha: float | None = None
+    """Weight of the next-token loss of chosen answers, added to losses of pairs. None: not
+    added."""
+    gamma: float | None = None
+    """SimPO's target margin, of rewards per token. None: 0.5."""
+    desirable_weight: float | None = None
+    """KTO's weight of good answers. None: 1.0."""
+    undesirable_weight: float | None = None
+    """KTO's weight of bad answers. None: 1.0."""
+    use_margins: bool | None = None
+    """Stage ``rm``: whether the ``margin`` of the data is asked of the difference of rewards.
+    None: true."""
+    center_rewards: float | None = None
+    """Stage ``rm``: weight of the square of a pair's summed rewards, which keeps rewards around
+    zero. None: not added."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,3 +361,4 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
