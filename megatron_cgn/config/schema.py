@@ -172,13 +172,15 @@ class LossConfig:
     """Share of pairs taken to be the wrong way round: ``sigmoid`` (cDPO) and ``robust``.
     None: 0.0, and 0.1 for ``robust``."""
     length_normalized: bool | None = None
-    """Whether rewards are per counted token instead of per answer: ``sigmoid``, ``hinge``.
-    (``ipo``, ``simpo`` and ``orpo`` always are.) None: false."""
+    """Whether the log-ratios compared are per counted token instead of per answer: ``sigmoid``,
+    ``hinge``; `beta` is then some tens of times as large. (``ipo``, ``simpo`` and ``orpo`` always
+    are per token.) None: false."""
     rpo_alpha: float | None = None
-    """Weight of the next-token loss of chosen answers, added to losses of pairs. None: not
-    added."""
+    """Weight of the next-token loss of chosen answers, added to losses of pairs (``orpo`` has its
+    own, with the weight 1). None: not added."""
     gamma: float | None = None
-    """SimPO's target margin, of rewards per token. None: 0.5."""
+    """SimPO's target margin of rewards, which are `beta` times log-probabilities per token.
+    None: 0.5."""
     desirable_weight: float | None = None
     """KTO's weight of good answers. None: 1.0."""
     undesirable_weight: float | None = None

@@ -20,7 +20,7 @@ from megatron_cgn.model.linear_cross_entropy import HeadCall, score_labels
 from megatron_cgn.model.packing import pack_row
 from megatron_cgn.objectives.base import ForwardArgs, Objective, Ratio
 from megatron_cgn.parallel import cpu
-from megatron_cgn.parallel.context import shard_sequence
+from megatron_cgn.parallel.context import gather_whole, shard_sequence
 from megatron_cgn.parallel.state import ParallelState
 
 Report = dict[str, Ratio]
@@ -28,13 +28,19 @@ LOSS = "loss"
 
 
 class TrainingForwardStep[B]:
-    """Megatron's ``forward_step_func`` for training on an objective."""
+    """Megatron's ``forward_step_func`` for training on an objective.
+
+    A loss of tokens is summed by each context-parallel rank over its own part. One of pairs or
+    sequences needs them whole: the output is gathered, every rank computes the same, and the first
+    alone counts it.
+    """
 
     def __init__(self, objective: Objective[B], state: ParallelState, *, backend: Backend) -> None:
         """Bind an objective to this process's place in the layout and the model's layers."""
         self._objective = objective
         self._state = state
         self._backend = backend
+        self._gathers = state.cp_size > 1 and objective.unit != "token"
 
     def __call__(
         self, batches: Iterator[B], model: torch.nn.Module
@@ -48,14 +54,29 @@ class TrainingForwardStep[B]:
         Returns:
             The chunk's output and what turns it into ``(loss sum, count, report)``.
         """
-        batch, args = place_batch(next(batches), self._objective.forward_args, self._state)
+        whole = next(batches)
+        batch, args = place_batch(whole, self._objective.forward_args, self._state)
         output = call_model(model, args, state=self._state, backend=self._backend)
+        if self._gathers:
+            return output, partial(self._loss_of_whole, whole)
         return output, partial(self._loss, batch)
 
     def _loss(self, batch: B, output: Tensor) -> tuple[Tensor, Tensor, Report]:
         result = self._objective.loss(output, batch)
         report = {LOSS: Ratio(result.loss_sum.detach(), result.count), **result.metrics}
         return result.loss_sum, result.count, report
+
+    def _loss_of_whole(self, batch: B, output: Tensor) -> tuple[Tensor, Tensor, Report]:
+        whole = gather_whole(output, self._state.groups.cp)
+        loss_sum, count, report = self._loss(to_device(batch, cpu.device()), whole)
+        if self._state.cp_rank == 0:
+            return loss_sum, count, report
+        # Its gradient is asked for all the same: see `gather_whole`.
+        nothing = {
+            name: Ratio(torch.zeros_like(ratio.sum), torch.zeros_like(ratio.count))
+            for name, ratio in report.items()
+        }
+        return loss_sum, torch.zeros_like(count), nothing
 
 
 class ScoringForwardStep[B]:

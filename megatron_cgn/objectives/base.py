@@ -68,7 +68,10 @@ class Objective[B](Protocol):
 
     @property
     def unit(self) -> Literal["token", "pair", "sequence"]:
-        """What `LossOutput.count` counts."""
+        """What `LossOutput.count` counts.
+
+        Unless it is tokens, `loss` is given whole rows also under context parallelism.
+        """
         ...
 
     def forward_args(self, batch: B) -> ForwardArgs:
