@@ -28,6 +28,8 @@ class AdaptedArchitecture(Protocol):
     def head_dim(self) -> int: ...  # noqa: D102
     @property
     def tie_word_embeddings(self) -> bool: ...  # noqa: D102
+    @property
+    def head(self) -> str: ...  # noqa: D102
 
 
 def lora_faults(run: RunConfig) -> Iterator[str]:
@@ -92,7 +94,12 @@ def lora_model_faults(run: RunConfig, architecture: AdaptedArchitecture) -> Iter
             f"lora.rank: {lora.rank} is more than the smaller side of {shapes}, so that an adapter "
             f"would hold more than the matrix; at most {limit}, or leave these out of lora.targets."
         )
-    if architecture.tie_word_embeddings and "lm_head" in lora.modules_to_save:
+    if architecture.head == "score" and "lm_head" in lora.modules_to_save:
+        yield (
+            "lora.modules_to_save: lm_head, but a reward model has none: it ends in a score, which "
+            "is always trained whole; remove lm_head."
+        )
+    elif architecture.tie_word_embeddings and "lm_head" in lora.modules_to_save:
         yield (
             "lora.modules_to_save: lm_head, but the model's output layer is its embedding "
             "(tie_word_embeddings); name embed_tokens alone, which trains both as the one matrix "

@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_cgn.config.data_rules import data_faults, epoch_faults
 from megatron_cgn.config.lora_rules import lora_faults, lora_model_faults
 from megatron_cgn.config.optim_rules import param_group_faults, param_group_step_faults
+from megatron_cgn.config.preference_rules import preference_faults
 from megatron_cgn.config.schema import ExportConfig, LoraConfig, OptimConfig, RunConfig
 from megatron_cgn.config.sft_rules import conversation_faults, conversation_model_faults
 from megatron_cgn.errors import ConfigError
@@ -35,6 +36,8 @@ class ArchitectureLike(Protocol):
     def tie_word_embeddings(self) -> bool: ...  # noqa: D102
     @property
     def max_position_embeddings(self) -> int: ...  # noqa: D102
+    @property
+    def head(self) -> str: ...  # noqa: D102
 
 
 def validate(run: RunConfig, *, world_size: int) -> None:
@@ -57,6 +60,7 @@ def validate(run: RunConfig, *, world_size: int) -> None:
         *data_faults(run.data),
         *epoch_faults(run.data, run.train),
         *conversation_faults(run),
+        *preference_faults(run),
         *lora_faults(run),
         *_optim(run),
         *param_group_faults(run.optim),

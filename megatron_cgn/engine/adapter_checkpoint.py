@@ -1,7 +1,8 @@
 """What a checkpoint of adapters says of itself, and which run may go on from it.
 
-It holds adapters, what ``lora.modules_to_save`` names and their optimizer state, and nothing of the
-weights beside them: these are read from ``model.hf_path`` again, and must be the same.
+It holds adapters, what ``lora.modules_to_save`` names, a scalar head and their optimizer state, and
+nothing of the weights beside them: these are read from ``model.hf_path`` again, and must be the
+same.
 """
 
 from collections.abc import Mapping

@@ -47,6 +47,8 @@ from megatron_cgn.parallel.reduce import first_problem
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
+_BEFORE = {"model.head": "lm"}
+"""What was meant where older checkpoints say nothing."""
 _STEP = re.compile(r"step_(\d{7,})")
 
 
@@ -133,10 +135,8 @@ def check_fit(info: CheckpointInfo, fit: Mapping[str, Any], directory: Path) -> 
         if isinstance(value, Extendable):
             conflict = value.conflict(written.get(name), consumed_sequences=info.consumed_sequences)
             faults += [f"{name}: {conflict}"] if conflict else []
-        elif written.get(name) != wanted.get(name):
-            faults.append(
-                f"{name}: checkpoint {written.get(name)!r}, this run {wanted.get(name)!r}"
-            )
+        elif (before := written.get(name, _BEFORE.get(name))) != wanted.get(name):
+            faults.append(f"{name}: checkpoint {before!r}, this run {wanted.get(name)!r}")
     if faults:
         lines = "".join(f"\n  {fault}" for fault in faults)
         raise CheckpointError(

@@ -16,12 +16,12 @@ from megatron_cgn.engine.checkpoint import is_checkpoint
 from megatron_cgn.engine.param_groups import END, Group, Grouping, Key
 from megatron_cgn.errors import ConfigError, DataError
 from megatron_cgn.hf.adapter_names import module_name
-from megatron_cgn.hf.families import Parameter, Rows, parameter_table
+from megatron_cgn.hf.families import HEAD_KEY, Parameter, Rows, parameter_table
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import ADAPTERS, adapter_entries
 from tokenizer.extension import FILE_NAME, Extension
 
-_EMBEDDINGS, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+_EMBEDDINGS, _OUTPUT = "embedding.word_embeddings.weight", HEAD_KEY
 _WORDS = ("embeddings", "output", "norms", "blocks", OTHERS)
 _ADAPTERS = f"{ADAPTERS}."
 
@@ -156,7 +156,7 @@ class _Resolver:
 
     def _select(self, where: str, selector: str, table: Sequence[Parameter]) -> list[Parameter]:
         """The parameters that one selector means."""
-        if selector == "output" and self.architecture.tie_word_embeddings:
+        if selector == "output" and self.architecture.ties_output:
             self.faults.append(
                 f"{where}: output, but the model's output layer is its embedding "
                 "(tie_word_embeddings); name embeddings alone."
@@ -252,8 +252,8 @@ def _trained(architecture: Architecture, lora: LoraConfig | None) -> tuple[Param
     table = parameter_table(architecture)
     if lora is None:
         return table
-    saved = lora.modules_to_save
-    whole = {_EMBEDDINGS: "embed_tokens" in saved, _OUTPUT: "lm_head" in saved}
+    saved, scores = lora.modules_to_save, architecture.head == "score"
+    whole = {_EMBEDDINGS: "embed_tokens" in saved, _OUTPUT: "lm_head" in saved or scores}
     adapters = []
     for entry in adapter_entries(architecture, lora):
         name = f"{module_name(entry.layer, entry.target)}.{entry.part}"

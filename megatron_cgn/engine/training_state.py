@@ -29,9 +29,13 @@ from megatron_cgn.engine.optim import build_optimizer, leaves, wrap_model
 from megatron_cgn.engine.param_groups import Grouping, uncorrected_moments, with_new_rows
 from megatron_cgn.engine.slots import Slot, slots_of
 from megatron_cgn.errors import CheckpointError
+from megatron_cgn.hf.checkpoint_layout import DIST_DIRECTORY
+from megatron_cgn.hf.dist_reader import DistReader
+from megatron_cgn.hf.families import HEAD_KEY
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.build import Backend, build_model, resolve_backend, transformer_config
 from megatron_cgn.model.heads import padded_vocab_size
+from megatron_cgn.model.initialize import initialize_scalar_head
 from megatron_cgn.model.lora import ADAPTERS, add_adapters, start_magnitudes, trained_whole
 from megatron_cgn.model.packing import check_packing
 from megatron_cgn.parallel.seed import rng_state, seed_everything, set_rng_state
@@ -94,6 +98,12 @@ class TrainingState:
             backend=self.backend,
             seed=run.seed if run.model.init == "random" else None,
         )
+        if architecture.head == "score":
+            # What the model starts from may have none.
+            for chunk in self._chunks:
+                initialize_scalar_head(
+                    chunk, seed=run.seed, standard_deviation=architecture.initializer_range
+                )
         if self.has_adapters:
             add_adapters(
                 self._chunks,
@@ -193,7 +203,7 @@ class TrainingState:
     def model_state(self) -> ShardedStateDict:
         """The trained weights as sharded tensors that share memory with the model; see `chunks`.
 
-        All of them, or with adapters these and what ``lora.modules_to_save`` names.
+        All of them, or with adapters these, what ``lora.modules_to_save`` names, and a scalar head.
         """
         if not self.has_adapters:
             return self._state(lambda name: True)
@@ -273,6 +283,8 @@ class TrainingState:
     def load_model(self, directory: Path) -> None:
         """Fill the model, and nothing else, from a checkpoint of any layout.
 
+        A scalar head stays as it is where the checkpoint is of a language model.
+
         Args:
             directory: A checkpoint directory of all weights.
 
@@ -282,7 +294,9 @@ class TrainingState:
         info = ckpt.read_info(directory)
         check_is_whole(directory, info)
         ckpt.check_tensors(directory, info)
-        self._put_weights(ckpt.load_checkpoint(directory, self._base_state()))
+        has_head = self._is_stored(directory)
+        state = self._base_state() if has_head else self._state(_is_body)
+        self._put_weights(ckpt.load_checkpoint(directory, state), without_head=not has_head)
 
     def load_adapters(self, directory: Path) -> None:
         """Fill the adapters, and nothing else, from a checkpoint of adapters of any layout.
@@ -357,6 +371,11 @@ class TrainingState:
         """
         info = ckpt.read_info(directory)
         check_is_whole(directory, info)
+        if not self._is_stored(directory):
+            raise CheckpointError(
+                f"{directory}: holds the optimizer state of a language model, which has another "
+                "head than this run's model; set checkpoint.load_optimizer=false"
+            )
         if not info.has_optimizer:
             raise CheckpointError(
                 f"{directory}: holds no optimizer state; set checkpoint.load_optimizer=false"
@@ -397,7 +416,7 @@ class TrainingState:
         self._optimizer_steps = info.optimizer_steps
         return loaded
 
-    def _put_weights(self, loaded: dict[str, Any]) -> None:
+    def _put_weights(self, loaded: dict[str, Any], *, without_head: bool = False) -> None:
         """Copy loaded tensors into the model; most were filled in place already."""
         for index, chunk in enumerate(self.chunks):
             weights = loaded["model" if len(self.chunks) == 1 else f"model{index}"]
@@ -405,8 +424,24 @@ class TrainingState:
             missing, unexpected = chunk.load_state_dict(weights, strict=False)
             # A run with adapters reads either these or the weights that they adapt.
             missing = [] if self.has_adapters else missing
+            missing = [name for name in missing if not without_head or name != HEAD_KEY]
             wrong = [n for n in (*missing, *unexpected) if not n.endswith("_extra_state")]
             assert not wrong, f"weights and model disagree: {wrong}"
+
+    def _is_stored(self, directory: Path) -> bool:
+        """Whether a checkpoint of all weights has this model's head; a scalar one may be new.
+
+        Raises:
+            CheckpointError: If it is of a reward model, and this is a language model.
+        """
+        stored = DistReader(directory / DIST_DIRECTORY).tensors.get(HEAD_KEY)
+        is_scalar = stored is not None and stored.size[0] == 1
+        if is_scalar and self.architecture.head == "lm":
+            raise CheckpointError(
+                f"{directory}: is of a reward model: it gives a score and no probabilities of ids. "
+                "Give a language model."
+            )
+        return is_scalar == (self.architecture.head == "score")
 
     def _layout(self) -> dict[str, int]:
         groups = self.state.groups
@@ -417,3 +452,8 @@ class TrainingState:
             "cp": groups.cp.size(),
             "dp": groups.dp.size(),
         }
+
+
+def _is_body(name: str) -> bool:
+    """Whether a parameter is neither an adapter's nor the head's."""
+    return name != HEAD_KEY and not name.startswith(f"{ADAPTERS}.")

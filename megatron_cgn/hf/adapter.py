@@ -32,11 +32,12 @@ from megatron_cgn.hf.export import (
     parameter_share,
     resolve_dtype,
 )
-from megatron_cgn.hf.families import Parameter
+from megatron_cgn.hf.families import HEAD_KEY, Parameter
 from megatron_cgn.hf.files import copy_side_files
 from megatron_cgn.hf.gather import Share, once_for_replicas, write_directory
 from megatron_cgn.hf.load import fill_parameter, model_parameters
 from megatron_cgn.hf.safetensors_io import ShardPlan, TensorTypes
+from megatron_cgn.hf.score_files import write_score_files
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import adapter_parameters
 from megatron_cgn.parallel.reduce import first_problem
@@ -83,6 +84,8 @@ def export_adapter(
         types = {name: entry for stage in stages for name, entry in stage.items()}
         write_adapter_files(work, architecture, lora, base=base, types=types)
         write_beside(work)
+        if architecture.head == "score":
+            write_score_files(work)
 
     once_for_replicas(
         groups,
@@ -130,7 +133,10 @@ def load_adapter(
         fault = adapter.tied_copy_fault() if dist.get_rank() == 0 else None
         if first := first_problem(fault):
             raise ModelError(first)
-    table = {parameter.key: parameter for parameter in adapter_table(architecture, lora)[::-1]}
+    stored = adapter.stored_architecture(architecture)
+    table = {parameter.key: parameter for parameter in adapter_table(stored, adapter.lora)[::-1]}
+    if stored.head != architecture.head:
+        table.pop(HEAD_KEY, None)
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     weights: list[tuple[str, Tensor]] = [(e.key, w) for e, w in adapter_parameters(chunks)]
     weights += [(p.key, w) for p, w in model_parameters(chunks, architecture) if p.key in table]

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 from megatron_cgn.config.schema import LoraConfig
 from megatron_cgn.hf.safetensors_io import TensorTypes
@@ -12,13 +13,16 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's ``--max-lora-rank``."""
 
 
-def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
+def adapter_card(
+    lora: LoraConfig, *, base: str, types: TensorTypes, head: Literal["lm", "score"] = "lm"
+) -> str:
     """Write a model card.
 
     Args:
         lora: The adapters.
         base: The model that they belong to.
         types: Types and shapes of the tensors.
+        head: What the model ends in with them.
 
     Returns:
         Markdown, with the header that model hubs read.
@@ -28,7 +32,9 @@ def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in types.values()})
     kind = "DoRA" if lora.use_dora else "LoRA"
     root = "the root of the rank (rsLoRA)" if lora.use_rslora else "the rank"
-    whole = ", ".join(f"`{name}`" for name in lora.modules_to_save)
+    scores = head == "score"
+    saved = (*lora.modules_to_save, *(("score",) if scores else ()))
+    whole = ", ".join(f"`{name}`" for name in saved)
     facts = [
         f"- base model: `{base}`; the adapter is of no use without it, or with another",
         f"- kind: {kind}, rank {lora.rank}; alpha over {root} scales by {scaling(lora):g}",
@@ -47,7 +53,7 @@ def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
             "- lora",
             "---",
             "",
-            f"# {kind} adapter",
+            f"# {kind} adapter{' of a reward model' if scores else ''}",
             "",
             *facts,
             "",
@@ -55,15 +61,10 @@ def adapter_card(lora: LoraConfig, *, base: str, types: TensorTypes) -> str:
             "## Open it",
             "",
             "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({opened!r})",
-            'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+            *(_opening_scorer(opened) if scores else _opening(opened)),
             "```",
             "",
-            *_serving(lora, opened),
+            *(_merging(opened) if scores else _serving(lora, opened)),
         ]
     )
 
@@ -82,14 +83,50 @@ def _exporting(base: str, exported: str) -> list[str]:
     ]
 
 
-def _serving(lora: LoraConfig, base: str) -> list[str]:
-    merge = [
+def _opening(base: str) -> list[str]:
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+        'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+    ]
+
+
+def _opening_scorer(base: str) -> list[str]:
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")',
+        f"base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1)",
+        "base.config.pad_token_id = tokenizer.pad_token_id",
+        'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")',
+    ]
+
+
+def _merging(base: str) -> list[str]:
+    return [
+        "## Merge it",
+        "",
+        "Merged into the base it is a reward model like any other:",
+        "",
+        *_merge_command(base),
+    ]
+
+
+def _merge_command(base: str) -> list[str]:
+    return [
         "```bash",
         f"python tools/convert_checkpoint.py merge-adapter --model {base} \\",
         "    --adapter THIS_DIRECTORY --output MERGED",
         "```",
         "",
     ]
+
+
+def _serving(lora: LoraConfig, base: str) -> list[str]:
     rank = _served_rank(lora)
     if lora.use_dora or lora.modules_to_save or rank is None:
         reason = "matrices held whole" if lora.modules_to_save else f"rank {lora.rank}"
@@ -101,7 +138,7 @@ def _serving(lora: LoraConfig, base: str) -> list[str]:
             "into the",
             "base it is a model like any other:",
             "",
-            *merge,
+            *_merge_command(base),
         ]
     return [
         "## Serve it",
@@ -115,7 +152,7 @@ def _serving(lora: LoraConfig, base: str) -> list[str]:
         "",
         "Or merged into the base:",
         "",
-        *merge,
+        *_merge_command(base),
     ]
 
 

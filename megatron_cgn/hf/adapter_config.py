@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_cgn.config.schema import LoraConfig
 from megatron_cgn.errors import ModelError
@@ -33,6 +33,11 @@ _HARMLESS = frozenset(
 
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Kinds of starting values that leave the base as it is."""
+
+_TASKS = {"lm": "CAUSAL_LM", "score": "SEQ_CLS"}
+"""What `peft` calls models by their heads."""
+_HEADS = ("score", "classifier")
+"""Names that `peft` itself adds to what sequence classifiers hold whole; the first is ours."""
 
 _REMEDIES: Mapping[str, str] = {
     "rank_pattern": "adapters of several ranks are not supported",
@@ -61,7 +66,8 @@ class AdapterConfig:
         use_dora: Whether every adapter has a magnitude vector.
         target_modules: Names, or the ends of names, of modules; or one regular expression.
         exclude_modules: The same for modules that have no adapter.
-        modules_to_save: Matrices held whole, out of `WHOLE_MATRICES`.
+        modules_to_save: Matrices held whole, out of `WHOLE_MATRICES`; a scalar head apart.
+        head: What the model ends in: ``score`` of a reward model, whose head is held whole too.
         ties_weights: Whether a tied model's two ends stay one matrix when they are held whole.
         base: The model that it belongs to, as its author named it.
     """
@@ -75,6 +81,7 @@ class AdapterConfig:
     target_modules: tuple[str, ...] | str
     exclude_modules: tuple[str, ...] | str
     modules_to_save: tuple[str, ...]
+    head: Literal["lm", "score"]
     ties_weights: bool
     base: str | None
 
@@ -83,12 +90,15 @@ class AdapterConfig:
         return _matches(self.target_modules, module) and not _matches(self.exclude_modules, module)
 
 
-def config_json(lora: LoraConfig, *, base: str, ties_weights: bool) -> dict[str, Any]:
+def config_json(
+    lora: LoraConfig, *, base: str, head: Literal["lm", "score"] = "lm", ties_weights: bool
+) -> dict[str, Any]:
     """The contents of ``adapter_config.json``, in fields that all versions of `peft` know.
 
     Args:
         lora: The adapters.
         base: What users shall load them onto: a directory or a name on a hub.
+        head: What the model ends in.
         ties_weights: Whether the model is tied and its embedding trained whole. Written only then,
             because `peft` has known the field since recently only.
 
@@ -97,16 +107,17 @@ def config_json(lora: LoraConfig, *, base: str, ties_weights: bool) -> dict[str,
     """
     assert lora.rank is not None
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    whole = [*lora.modules_to_save, *(_HEADS[:1] if head == "score" else ())]
     fields: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _TASKS[head],
         "base_model_name_or_path": base,
         "r": lora.rank,
         # Servers declare it an integer.
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": lora.dropout,
         "target_modules": list(lora.targets),
-        "modules_to_save": list(lora.modules_to_save) or None,
+        "modules_to_save": whole or None,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "bias": "none",
@@ -186,6 +197,7 @@ class _Reader:
             target_modules=self._patterns("target_modules"),
             exclude_modules=self._patterns("exclude_modules"),
             modules_to_save=self._whole(),
+            head="score" if self._scores() else "lm",
             ties_weights=self._flag("ensure_weight_tying"),
             base=str(base) if base else None,
         )
@@ -194,8 +206,8 @@ class _Reader:
         """Refuse other methods than LoRA, and starting values that changed the base."""
         if self.fields.get("peft_type") != "LORA":
             self.fault("peft_type", 'only "LORA" is supported')
-        if self.fields.get("task_type") not in (None, "CAUSAL_LM"):
-            self.fault("task_type", 'only "CAUSAL_LM" is supported')
+        if self.fields.get("task_type") not in (None, *_TASKS.values()):
+            self.fault("task_type", 'only "CAUSAL_LM" and "SEQ_CLS" are supported')
         if self.fields.get("bias", "none") != "none":
             self.fault("bias", 'only "none" is supported: biases stay as they are')
         init = self.fields.get("init_lora_weights", True)
@@ -252,9 +264,15 @@ class _Reader:
             self.fault("modules_to_save", "expected a list of names")
             return ()
         names = [str(name).removeprefix("model.") for name in value]
-        if set(names) - set(WHOLE_MATRICES):
-            self.fault("modules_to_save", f"supported are {', '.join(WHOLE_MATRICES)}")
+        if set(names) - {*WHOLE_MATRICES, *_HEADS}:
+            known = ", ".join((*WHOLE_MATRICES, _HEADS[0]))
+            self.fault("modules_to_save", f"supported are {known}")
         return tuple(name for name in WHOLE_MATRICES if name in names)
+
+    def _scores(self) -> bool:
+        """Whether it is of a reward model; not every program says so by the task."""
+        named = self.fields.get("modules_to_save") or ()
+        return self.fields.get("task_type") == _TASKS["score"] or _HEADS[0] in named
 
 
 def _matches(patterns: tuple[str, ...] | str, module: str) -> bool:

@@ -1,6 +1,7 @@
 """An adapter directory of `peft`, opened and held against a model. Reads headers, no tensors."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_cgn.config.schema import LoraConfig
@@ -19,7 +20,7 @@ from megatron_cgn.hf.adapter_names import (
     module_name,
     parse_name,
 )
-from megatron_cgn.hf.families import hf_shapes
+from megatron_cgn.hf.families import SCORE_NAME, hf_shapes
 from megatron_cgn.hf.safetensors_io import MappedTensors, read_header
 from megatron_cgn.hf.weights import tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
@@ -87,6 +88,8 @@ class AdapterFile:
                         f"exclude_modules of {CONFIG_FILE} give {module} no adapter; one of the "
                         "files is of another adapter"
                     )
+            elif self.config.head == "score" and name == PREFIX + SCORE_NAME:
+                continue
             elif name.removeprefix(PREFIX) not in (_EMBEDDING, _HEAD):
                 remedy = (
                     "these are names of a training state; save the adapter with peft's "
@@ -115,8 +118,9 @@ class AdapterFile:
 
         Raises:
             ModelError: Naming a tensor that is missing, unexpected or of another shape, with
-                both shapes.
+                both shapes; or if it is of a reward model, and the model is none.
         """
+        architecture = self.stored_architecture(architecture)
         self._check_rank(architecture)
         self._check_tied(architecture)
         expected = adapter_shapes(architecture, self.lora)
@@ -130,6 +134,12 @@ class AdapterFile:
             )
         for name, shape in expected.items():
             if name not in self._names:
+                if name == PREFIX + SCORE_NAME:
+                    raise ModelError(
+                        f"{self.file}: holds no {name!r}: the head that gives the scores was not "
+                        "saved with the adapter, so they cannot be had again; train it with "
+                        'modules_to_save = ["score"]'
+                    )
                 raise ModelError(
                     f"{self.file}: tensor {name!r} of shape {shape} is missing; adapters on some "
                     "layers only are not supported"
@@ -143,6 +153,29 @@ class AdapterFile:
         for name in sorted(self._names - expected.keys()):
             raise ModelError(f"{self.file}: tensor {name!r} is not expected by {CONFIG_FILE}")
 
+    def stored_architecture(self, architecture: Architecture) -> Architecture:
+        """The model that the adapter was made for, as far as its head goes.
+
+        An adapter of a language model may go on a model with a scalar head, which it says nothing
+        of.
+
+        Args:
+            architecture: The model that the adapter shall be put on.
+
+        Returns:
+            `architecture`, with the head that the adapter knows.
+
+        Raises:
+            ModelError: If the adapter is of a reward model, and the model is a language model.
+        """
+        if self.config.head == "score" and architecture.head == "lm":
+            raise ModelError(
+                f"{self.file}: is an adapter of a reward model, which ends in a score; here is a "
+                "language model. To have the reward model, merge the two with "
+                "tools/convert_checkpoint.py merge-adapter"
+            )
+        return replace(architecture, head=self.config.head)
+
     def check_settings(self, lora: LoraConfig, architecture: Architecture) -> None:
         """Hold the adapter against a run's settings.
 
@@ -153,8 +186,11 @@ class AdapterFile:
         Raises:
             ConfigError: Naming every setting that differs, with both values.
         """
-        tied = architecture.tie_word_embeddings
-        ours, theirs = _comparable(lora, tied=tied), _comparable(self.lora, tied=tied)
+        tied = self.stored_architecture(architecture).ties_output
+        scores = architecture.head == "score"
+        ours, theirs = (
+            _comparable(settings, tied=tied, scores=scores) for settings in (lora, self.lora)
+        )
         faults = [
             f"lora.{name}: the adapter has {theirs[name]!r}, this run {value!r}"
             for name, value in ours.items()
@@ -170,7 +206,7 @@ class AdapterFile:
     def has_tied_copy(self, architecture: Architecture) -> bool:
         """Whether a tied model's matrix is here twice, so that `tied_copy_fault` must read it."""
         both = PREFIX + _EMBEDDING in self._names and PREFIX + _HEAD in self._names
-        return architecture.tie_word_embeddings and both
+        return self.stored_architecture(architecture).ties_output and both
 
     def tied_copy_fault(self) -> str | None:
         """Compare the two copies of a tied model's matrix; what is wrong, or None."""
@@ -190,7 +226,7 @@ class AdapterFile:
         """Refuse an adapter that makes two matrices of a tied model's one."""
         whole = [name for name in (_EMBEDDING, _HEAD) if PREFIX + name in self._names]
         is_one = _EMBEDDING in whole and (self.config.ties_weights or len(whole) == 2)
-        if architecture.tie_word_embeddings and whole and not is_one:
+        if architecture.ties_output and whole and not is_one:
             raise ModelError(
                 f"{self.file}: holds {whole[0]!r} alone, with ensure_weight_tying = false in "
                 f"{CONFIG_FILE}: output layer and embedding of this model are one matrix, which "
@@ -232,15 +268,19 @@ def _found_instead(directory: Path) -> str:
     return "copy the adapter again"
 
 
-def _comparable(lora: LoraConfig, *, tied: bool) -> dict[str, object]:
+def _comparable(lora: LoraConfig, *, tied: bool, scores: bool) -> dict[str, object]:
     """The settings that a file's tensors depend on."""
     alpha = 2.0 * (lora.rank or 0) if lora.alpha is None else float(lora.alpha)
     whole = tuple(name for name in WHOLE_MATRICES if name in lora.modules_to_save)
+    if tied and whole:
+        whole = ("embed_tokens",)
+    elif scores:  # which has no use for a language model's output layer
+        whole = tuple(name for name in whole if name != "lm_head")
     return {
         "rank": lora.rank,
         "alpha": alpha,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "targets": tuple(name for name in TARGETS if name in lora.targets),
-        "modules_to_save": ("embed_tokens",) if tied and whole else whole,
+        "modules_to_save": whole,
     }

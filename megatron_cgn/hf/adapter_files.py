@@ -51,9 +51,10 @@ def write_adapter_files(
         base: What users shall load the adapter onto.
         types: Types and shapes of the tensors.
     """
-    if lora.modules_to_save and architecture.tie_word_embeddings:
+    ties_weights = bool(lora.modules_to_save) and architecture.ties_output
+    if ties_weights:
         lora = dataclasses.replace(lora, modules_to_save=("embed_tokens",))
-    ties_weights = bool(lora.modules_to_save) and architecture.tie_word_embeddings
-    write_json(directory / CONFIG_FILE, config_json(lora, base=base, ties_weights=ties_weights))
-    card = adapter_card(lora, base=base, types=types)
+    config = config_json(lora, base=base, head=architecture.head, ties_weights=ties_weights)
+    write_json(directory / CONFIG_FILE, config)
+    card = adapter_card(lora, base=base, head=architecture.head, types=types)
     (directory / "README.md").write_text(card, encoding="utf-8")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from megatron_cgn.config.schema import LoraConfig
-from megatron_cgn.hf.families import Parameter, Rows, parameter_table
+from megatron_cgn.hf.families import SCORE_NAME, Parameter, Rows, parameter_table
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora_layout import AdapterEntry, adapter_entries
 
@@ -82,6 +82,8 @@ def adapter_table(architecture: Architecture, lora: LoraConfig) -> tuple[Paramet
     if head in whole:
         # A tied model's table has the matrix once.
         table.append(_renamed(base.get(head, base[embedding]), head))
+    if SCORE_NAME in whole:
+        table.append(_renamed(base[SCORE_NAME], SCORE_NAME))
     return tuple(table)
 
 
@@ -110,7 +112,8 @@ def _renamed(parameter: Parameter, name: str) -> Parameter:
 def whole_tensors(architecture: Architecture, modules_to_save: Sequence[str]) -> tuple[str, ...]:
     """The base model's tensors that an adapter holds whole.
 
-    `peft` stores the one matrix of a tied model under both of its names.
+    `peft` stores the one matrix of a tied model under both of its names. A scalar head is always
+    one of them.
 
     Args:
         architecture: The base model.
@@ -119,6 +122,9 @@ def whole_tensors(architecture: Architecture, modules_to_save: Sequence[str]) ->
     Returns:
         Names in the base model.
     """
-    if modules_to_save and architecture.tie_word_embeddings:
+    if modules_to_save and architecture.ties_output:
         return tuple(WHOLE_MATRICES.values())
-    return tuple(tensor for name, tensor in WHOLE_MATRICES.items() if name in modules_to_save)
+    whole = [tensor for name, tensor in WHOLE_MATRICES.items() if name in modules_to_save]
+    if architecture.head == "score":
+        return (*(tensor for tensor in whole if tensor != WHOLE_MATRICES["lm_head"]), SCORE_NAME)
+    return tuple(whole)

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_cgn.errors import ModelError
 from megatron_cgn.hf.config_fields import (
@@ -18,6 +18,7 @@ from megatron_cgn.hf.config_fields import (
     READ,
     REQUIRED_VALUES,
     ROPE_FIELDS,
+    SCORE_FAMILIES,
 )
 from megatron_cgn.model.architecture import Architecture, LinearRopeScaling, Llama3RopeScaling
 
@@ -102,7 +103,7 @@ class _Reader:
     def architecture(self) -> Architecture | None:
         """The architecture, or None after faults."""
         self._check_values()
-        self._check_class()
+        head = self._head()
         self._check_window()
         heads = self._integer("num_attention_heads")
         hidden = self._integer("hidden_size")
@@ -137,6 +138,7 @@ class _Reader:
             qkv_bias=self.family == "qwen2",
             qk_norm=self.family == "qwen3",
             initializer_range=self._number("initializer_range", 0.02),
+            head=head,
         )
         return None if self.faults else result
 
@@ -156,11 +158,15 @@ class _Reader:
             elif value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
                 self.fault(field, f"only {json.dumps(allowed[0])} is implemented")
 
-    def _check_class(self) -> None:
-        """Refuse models that run another class's code."""
-        expected = [FAMILIES[self.family]]
-        if self.config.get("architectures") not in (None, expected):
-            self.fault("architectures", f"only {json.dumps(expected)} is implemented")
+    def _head(self) -> Literal["lm", "score"]:
+        """What the model ends in; models that run another class's code are refused."""
+        expected = [FAMILIES[self.family], SCORE_FAMILIES[self.family]]
+        named = self.config.get("architectures")
+        if named is not None and (
+            not isinstance(named, list) or len(named) != 1 or named[0] not in expected
+        ):
+            classes = " or ".join(json.dumps([name]) for name in expected)
+            self.fault("architectures", f"only {classes} is implemented")
         auto_map = self.config.get("auto_map")
         # A tokenizer's code does not change the model.
         harmless = ("AutoTokenizer", "AutoProcessor")
@@ -168,6 +174,24 @@ class _Reader:
             not isinstance(auto_map, dict) or any(key not in harmless for key in auto_map)
         ):
             self.fault("auto_map", "models with code of their own are not supported")
+        if named != [SCORE_FAMILIES[self.family]]:
+            return "lm"
+        if self._num_labels() != 1:
+            field = "num_labels" if self.config.get("id2label") is None else "id2label"
+            self.fault(
+                field,
+                "a model that sorts into classes; only one that scores, with one label, is "
+                "implemented (absent means two)",
+            )
+        return "score"
+
+    def _num_labels(self) -> int | None:
+        """How many numbers a sequence classifier gives, as `transformers` reads it."""
+        labels = self.config.get("id2label")
+        if labels is not None:
+            return len(labels) if isinstance(labels, dict) else None
+        number = self.config.get("num_labels")
+        return number if _is_integer(number, least=1) else None
 
     def _check_window(self) -> None:
         """Refuse attention windows that a sequence could outgrow, as `transformers` reads them."""

@@ -11,12 +11,18 @@ FAMILIES: Mapping[str, str] = {
 }
 """Values of ``model_type`` that are implemented, with the model's class."""
 
+SCORE_FAMILIES: Mapping[str, str] = {
+    family: name.replace("ForCausalLM", "ForSequenceClassification")
+    for family, name in FAMILIES.items()
+}
+"""Their classes with a scalar head, as reward models have it."""
+
 READ = frozenset(
     """model_type hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim vocab_size max_position_embeddings rms_norm_eps
     tie_word_embeddings initializer_range rope_theta rope_scaling rope_parameters sliding_window
     use_sliding_window max_window_layers layer_types dtype torch_dtype
-    architectures auto_map""".split()
+    architectures auto_map id2label num_labels""".split()
 )
 """Fields that are read."""
 
@@ -43,7 +49,7 @@ HARMLESS = frozenset(
     """bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
     unk_token_id mask_token_id decoder_start_token_id transformers_version use_cache _name_or_path
     name_or_path return_dict output_hidden_states output_attentions return_dict_in_generate
-    torchscript use_bfloat16 id2label label2id problem_type num_labels finetuning_task
+    torchscript use_bfloat16 label2id problem_type finetuning_task
     tokenizer_class prefix task_specific_params _attn_implementation _attn_implementation_autoset
     attn_implementation is_llama_config transformers.js_config unsloth_version unsloth_fixed
     _commit_hash language license

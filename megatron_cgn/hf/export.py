@@ -27,6 +27,7 @@ from megatron_cgn.hf.gather import (
 )
 from megatron_cgn.hf.load import model_parameters
 from megatron_cgn.hf.safetensors_io import ShardPlan, TensorTypes, plan_shards
+from megatron_cgn.hf.score_files import write_score_files
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import delta_of
 
@@ -115,6 +116,8 @@ def _export(
     def write_files(work: Path, stages: Sequence[TensorTypes], plans: Sequence[ShardPlan]) -> None:
         write_side_files(work, source, config, architecture, stages=stages, plans=plans)
         write_beside(work)
+        if architecture.head == "score":
+            write_score_files(work)
 
     wanted = resolve_dtype(dtype, config)
     write_directory(

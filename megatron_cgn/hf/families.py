@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from megatron_cgn.model.architecture import Architecture
 
 LAYER_PREFIX = "decoder.layers."
+HEAD_KEY = "output_layer.weight"
+"""Key of whatever stands at the end: the rows of the vocabulary, or a scalar head's one row."""
+SCORE_NAME = "score.weight"
+"""A scalar head in Hugging Face's sequence classifiers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +156,19 @@ def parameter_table(architecture: Architecture) -> tuple[Parameter, ...]:
     for layer in range(a.num_layers):
         table += _layer(a, layer)
     table.append(_norm("decoder.final_layernorm.weight", "model.norm.weight", a.hidden_size))
-    if not a.tie_word_embeddings:
+    if a.head == "score":
         table.append(
             Parameter(
-                key="output_layer.weight",
+                key=HEAD_KEY,
+                parts=_whole(SCORE_NAME, 1),
+                columns=a.hidden_size,
+                tp_dim=None,
+            )
+        )
+    elif not a.ties_output:
+        table.append(
+            Parameter(
+                key=HEAD_KEY,
                 parts=_whole("lm_head.weight", a.vocab_size),
                 **vocabulary,  # type: ignore[arg-type]
             )

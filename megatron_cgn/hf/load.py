@@ -13,9 +13,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from megatron_cgn.errors import ModelError
-from megatron_cgn.hf.families import LAYER_PREFIX, Parameter, module_spelling, parameter_table
+from megatron_cgn.hf.families import (
+    HEAD_KEY,
+    LAYER_PREFIX,
+    Parameter,
+    module_spelling,
+    parameter_table,
+)
 from megatron_cgn.hf.safetensors_io import MappedTensors, row_blocks
-from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
+from megatron_cgn.hf.weights import (
+    has_tied_copy,
+    open_weights,
+    stored_architecture,
+    tied_copy_fault,
+)
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import ADAPTERS
 from megatron_cgn.parallel.reduce import first_problem
@@ -36,26 +47,29 @@ def load_weights(
     Every rank checks every header, so that a faulty directory is refused on all ranks alike.
     Collective over all ranks if a tied model holds its embedding twice: the first rank alone
     then reads both, to compare them. Values are cast to the parameters' types; padding rows
-    become zero.
+    become zero. A scalar head stays as it is where the directory is a language model's.
 
     Args:
         model_chunks: This rank's ``GPTModel`` chunks (one, or one per virtual pipeline stage),
             possibly wrapped.
         path: Hugging Face directory with safetensors.
-        architecture: What `read_architecture` says of it.
+        architecture: What `read_architecture` says of it, or the same with a scalar head.
         groups: Process groups; ``tp`` is used.
 
     Raises:
         ModelError: If a file or tensor is missing, truncated, of a wrong shape or unexpected,
             or a tied output layer differs from the embedding, naming file and tensor.
     """
-    source = open_weights(path, architecture)
-    if has_tied_copy(source, architecture):
+    stored = stored_architecture(path, architecture)
+    source = open_weights(path, stored)
+    if has_tied_copy(source, stored):
         fault = tied_copy_fault(source) if dist.get_rank() == 0 else None
         if first := first_problem(fault):
             raise ModelError(first)
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     for parameter, weight in model_parameters(model_chunks, architecture):
+        if parameter.key == HEAD_KEY and stored.head != architecture.head:
+            continue
         fill_parameter(weight, parameter, source, tp_rank=tp_rank, tp_size=tp_size)
 
 
@@ -78,8 +92,8 @@ def model_parameters(
         AssertionError: If a chunk has a parameter that the architecture does not have.
     """
     table = {(entry.layer, entry.key): entry for entry in parameter_table(architecture)}
-    if architecture.tie_word_embeddings:
-        table[None, "output_layer.weight"] = table[None, "embedding.word_embeddings.weight"]
+    if architecture.ties_output:
+        table[None, HEAD_KEY] = table[None, "embedding.word_embeddings.weight"]
     for chunk in model_chunks:
         while not hasattr(chunk, "decoder"):
             assert isinstance(chunk.module, nn.Module), f"{type(chunk).__name__} is no GPTModel"

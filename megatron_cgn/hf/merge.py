@@ -8,7 +8,7 @@ copied. So the largest model takes no more memory than a few blocks and one adap
 import functools
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from megatron_cgn.hf.safetensors_io import (
     plan_shards,
     row_blocks,
 )
+from megatron_cgn.hf.score_files import write_score_files
 from megatron_cgn.hf.streaming import Progress, run_in_threads
 from megatron_cgn.hf.weights import has_tied_copy, open_weights, tied_copy_fault
 from megatron_cgn.model.architecture import Architecture
@@ -87,11 +88,14 @@ def merge_adapter(
         config = read_config_json(source)
         write_side_files(work, source, config, architecture, stages=[tensors], plans=plans)
         _replace_side_files(Path(adapter_dir), work)
+        if adapter.config.head == "score":
+            # Whoever trained it scored with this tokenizer's padding.
+            write_score_files(work, keep_pad=True)
         run_in_threads([functools.partial(writer.write_file, work, plan) for plan in plans])
 
 
 def merged_bytes(model_dir: str | Path, *, dtype: torch.dtype | None = None) -> int:
-    """Bytes of tensors that merging into a model would tell its progress of."""
+    """Bytes of tensors that merging into a model would tell its progress of, but for a new head."""
     architecture = read_architecture(model_dir)
     base = open_weights(model_dir, architecture)
     return sum(
@@ -101,12 +105,15 @@ def merged_bytes(model_dir: str | Path, *, dtype: torch.dtype | None = None) -> 
 
 
 def _open(model: Path, adapter_dir: Path) -> tuple[Architecture, SafetensorsDirectory, AdapterFile]:
-    """Open base and adapter, and check that they belong together."""
-    architecture = read_architecture(model)
-    base = open_weights(model, architecture)
+    """Open base and adapter, check that they belong together, and say what comes of them."""
+    stored = read_architecture(model)
+    base = open_weights(model, stored)
     adapter = AdapterFile(adapter_dir)
+    # A reward model's adapter brings the head that makes one of a language model.
+    brings_head = adapter.config.head == "score"
+    architecture = replace(stored, head="score") if brings_head else stored
     adapter.check(architecture)
-    if has_tied_copy(base, architecture) and (fault := tied_copy_fault(base)):
+    if has_tied_copy(base, stored) and (fault := tied_copy_fault(base)):
         raise ModelError(fault)
     if adapter.has_tied_copy(architecture) and (fault := adapter.tied_copy_fault()):
         raise ModelError(fault)
@@ -116,8 +123,10 @@ def _open(model: Path, adapter_dir: Path) -> tuple[Architecture, SafetensorsDire
 def _types(
     architecture: Architecture, base: SafetensorsDirectory, dtype: torch.dtype | None
 ) -> TensorTypes:
+    # A head that the base lacks is as wide as what it reads.
+    others = base.places["model.norm.weight"]
     return {
-        name: (dtype or base.places[name].dtype, shape)
+        name: (dtype or base.places.get(name, others).dtype, shape)
         for name, shape in hf_shapes(architecture).items()
     }
 
@@ -187,7 +196,8 @@ class _Writer:
         self._adapter = adapter
         self._types = types
         self._progress = progress
-        self._whole = whole_tensors(architecture, adapter.lora.modules_to_save)
+        stored = adapter.stored_architecture(architecture)
+        self._whole = whole_tensors(stored, adapter.lora.modules_to_save)
         self._adapted: Mapping[str, tuple[int, str]] = {
             f"{module_name(layer, target)}.weight": (layer, target)
             for layer in range(architecture.num_layers)

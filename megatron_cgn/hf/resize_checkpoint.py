@@ -34,6 +34,7 @@ from megatron_cgn.hf.vocabulary import (
     ResizeSummary,
     RowMaker,
     Rows,
+    check_config,
     check_target,
     copy_others,
     plan_rows,
@@ -94,6 +95,7 @@ def resize_checkpoint(
     info = _read(source)
     hf = source / HF_DIRECTORY
     config, architecture = read_config_json(hf), read_architecture(hf)
+    check_config(config, path=hf)
     tied = architecture.tie_word_embeddings
     reader = DistReader(source / DIST_DIRECTORY)
     sides: dict[str, Side] = {_EMBEDDING: "both" if tied else "input", _HEAD: "output"}

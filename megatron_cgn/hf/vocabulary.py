@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_cgn.errors import DataError, ModelError
-from megatron_cgn.hf.config_fields import FAMILIES
+from megatron_cgn.hf.config_fields import FAMILIES, SCORE_FAMILIES
 from megatron_cgn.hf.files import TOKENIZER_FILES, matches
 from megatron_cgn.hf.safetensors_io import SafetensorsDirectory
 from megatron_cgn.model.heads import padded_vocab_size
@@ -243,6 +243,11 @@ def check_config(config: Mapping[str, Any], *, path: Path, rows: int | None = No
         raise ModelError(
             f"{path / 'config.json'}: quantization_config: the weights are quantised; dequantise "
             "the model first"
+        )
+    if config.get("architectures") in [[name] for name in SCORE_FAMILIES.values()]:
+        raise ModelError(
+            f"{path / 'config.json'}: architectures = {config['architectures']}: a reward model; "
+            "extend the vocabulary of the language model, and train its reward model from that"
         )
     sizes = sorted({size for size in _values(config, "vocab_size") if isinstance(size, int)})
     if rows is not None and rows not in sizes:

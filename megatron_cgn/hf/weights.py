@@ -1,11 +1,13 @@
 """Open a Hugging Face directory's weights and hold them against its architecture."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from megatron_cgn.errors import ModelError
+from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.families import hf_shapes
 from megatron_cgn.hf.safetensors_io import MappedTensors, SafetensorsDirectory, row_blocks
 from megatron_cgn.hf.streaming import BLOCK_BYTES
@@ -14,6 +16,32 @@ from megatron_cgn.model.architecture import Architecture
 logger = logging.getLogger(__name__)
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def stored_architecture(path: str | Path, architecture: Architecture) -> Architecture:
+    """What a directory holds that a model starts from.
+
+    A model with a scalar head may start from a language model, whose output layer it has no use
+    for.
+
+    Args:
+        path: Hugging Face directory.
+        architecture: The model.
+
+    Returns:
+        `architecture`, with the head that the directory has.
+
+    Raises:
+        ModelError: If the directory is a reward model's and the model is a language model, or its
+            configuration is not supported.
+    """
+    found = read_architecture(path).head
+    if found == "score" and architecture.head == "lm":
+        raise ModelError(
+            f"{path}: is a reward model: it gives a score and no probabilities of ids; give a "
+            "language model"
+        )
+    return replace(architecture, head=found)
 
 
 def open_weights(path: str | Path, architecture: Architecture) -> SafetensorsDirectory:
@@ -55,14 +83,12 @@ def open_weights(path: str | Path, architecture: Architecture) -> SafetensorsDir
 def _is_redundant(name: str, architecture: Architecture) -> bool:
     """Whether a tensor may be in a directory though nothing reads it."""
     # Old Llama files hold RoPE's frequencies; some tied models hold their embedding twice.
-    return name.endswith(".rotary_emb.inv_freq") or (
-        name == _HEAD and architecture.tie_word_embeddings
-    )
+    return name.endswith(".rotary_emb.inv_freq") or (name == _HEAD and architecture.ties_output)
 
 
 def has_tied_copy(source: SafetensorsDirectory, architecture: Architecture) -> bool:
     """Whether a tied model holds its embedding twice, so that `tied_copy_fault` must read it."""
-    return architecture.tie_word_embeddings and _HEAD in source.places
+    return architecture.ties_output and _HEAD in source.places
 
 
 def tied_copy_fault(

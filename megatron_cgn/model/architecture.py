@@ -5,6 +5,7 @@ turns it into a Megatron-Core model. Nothing here knows of parallelism, precisio
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +47,12 @@ class Architecture:
         norm_eps: Epsilon inside the RMSNorm square root.
         rope_theta: RoPE base.
         rope_scaling: How RoPE frequencies are scaled, or None.
-        tie_word_embeddings: Whether the output rows are the input rows.
+        tie_word_embeddings: Whether the output rows are the input rows, where there are any.
         qkv_bias: Whether query, key and value projections have a bias (Qwen 2).
         qk_norm: Whether each query and key head is normalised before RoPE (Qwen 3).
         initializer_range: Standard deviation of randomly initialised weights.
+        head: What stands on the last hidden states: ``lm``, probabilities of all ids; or ``score``,
+            one number each, as reward models and critics have.
     """
 
     family: str
@@ -68,3 +71,9 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     initializer_range: float
+    head: Literal["lm", "score"] = "lm"
+
+    @property
+    def ties_output(self) -> bool:
+        """Whether there is an output layer over the vocabulary whose rows are the input rows."""
+        return self.tie_word_embeddings and self.head == "lm"

@@ -1,4 +1,4 @@
-"""An `Architecture` becomes a Megatron-Core model. The only file that knows `GPTModel`.
+"""An `Architecture` becomes a Megatron-Core model. With `score_model.py` all that knows `GPTModel`.
 
 Weights are left unset here unless a seed is given; `hf/load.py` fills them. Wrapping for mixed
 precision and data parallelism is the engine's.
@@ -34,6 +34,7 @@ from megatron_cgn.model.initialize import initialize_weights
 from megatron_cgn.model.native import NativeRMSNorm, native_layer_spec
 from megatron_cgn.model.native_embedding import NativeVocabParallelEmbedding
 from megatron_cgn.model.rope import Rotary
+from megatron_cgn.model.score_model import ScoreModel
 
 Backend = Literal["native", "te"]
 
@@ -193,7 +194,8 @@ def build_model(
     Returns:
         The chunks this pipeline stage holds, in order: one without interleaving. A chunk called
         with labels returns the negative log-likelihood of each, ``[b, s]``, as if the vocabulary
-        had no padding.
+        had no padding. One with a scalar head returns a value for each token, float32 ``[b, s]``,
+        called without labels.
     """
     tp_rank, tp_size = groups.tp.rank(), groups.tp.size()
     padded_size = padded_vocab_size(
@@ -202,9 +204,10 @@ def build_model(
         tensor_parallel_size=tp_size,
     )
     virtual_size = config.virtual_pipeline_model_parallel_size
+    model_class = ScoreModel if architecture.head == "score" else GPTModel
     chunks = []
     for virtual_stage in [None] if virtual_size is None else range(virtual_size):
-        chunk = GPTModel(
+        chunk = model_class(
             config=config,
             transformer_layer_spec=_block_spec(
                 architecture, config, groups, backend=backend, virtual_stage=virtual_stage
@@ -216,7 +219,7 @@ def build_model(
             post_process=is_vp_last_stage(virtual_stage, virtual_size)
             and is_pp_last_stage(groups.pp),
             parallel_output=True,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            share_embeddings_and_output_weights=architecture.ties_output,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,
             pg_collection=groups,
@@ -233,8 +236,8 @@ def build_model(
                 standard_deviation=architecture.initializer_range,
                 tensor_parallel_rank=tp_rank,
             )
-        _clear_padding(chunk, architecture.vocab_size, tp_rank=tp_rank)
-        if chunk.post_process:
+        _clear_padding(chunk, architecture, tp_rank=tp_rank)
+        if chunk.post_process and architecture.head == "lm":
             mask_padded_vocabulary(
                 chunk.output_layer,
                 vocab_size=architecture.vocab_size,
@@ -268,7 +271,7 @@ def _block_spec(
     )
 
 
-def _clear_padding(chunk: GPTModel, vocab_size: int, *, tp_rank: int) -> None:
+def _clear_padding(chunk: GPTModel, architecture: Architecture, *, tp_rank: int) -> None:
     """Zero the vocabulary rows that no token has.
 
     They are never written otherwise, and a NaN in fresh memory times a gradient of zero is NaN.
@@ -276,8 +279,9 @@ def _clear_padding(chunk: GPTModel, vocab_size: int, *, tp_rank: int) -> None:
     weights = []
     if chunk.pre_process:
         weights.append(chunk.embedding.word_embeddings.weight)
-    if chunk.post_process and chunk.output_layer.weight is not None:
+    has_rows = chunk.post_process and architecture.head == "lm"
+    if has_rows and chunk.output_layer.weight is not None:
         weights.append(chunk.output_layer.weight)
     for weight in weights:
         rows = weight.size(0)
-        weight.data[min(max(vocab_size - tp_rank * rows, 0), rows) :] = 0.0
+        weight.data[min(max(architecture.vocab_size - tp_rank * rows, 0), rows) :] = 0.0

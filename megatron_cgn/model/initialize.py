@@ -12,6 +12,7 @@ from torch import Tensor
 
 _BAND = 128
 """Rows (or columns) drawn by one generator. Changing it changes every random model."""
+_HEAD = "output_layer.weight"
 
 
 def initialize_weights(
@@ -38,13 +39,29 @@ def initialize_weights(
             continue
         name = global_name(model, name)
         dim = int(parameter.partition_dim)  # type: ignore[attr-defined]
-        local = parameter.data if dim == 0 else parameter.data.t()
+        local = parameter.data.t() if dim == 1 else parameter.data
         # Each rank holds a slice of the gate and a slice of the up projection.
         halves = 2 if name.endswith("linear_fc1.weight") else 1
         for half, part in enumerate(local.chunk(halves)):
             key = f"{seed}/{name}/{half}"
-            first = tensor_parallel_rank * part.size(0)
+            # A negative dimension is Megatron's way of saying that every rank has it all.
+            first = tensor_parallel_rank * part.size(0) if dim >= 0 else 0
             _draw_bands(part, key=key, first=first, standard_deviation=standard_deviation)
+
+
+def initialize_scalar_head(model: torch.nn.Module, *, seed: int, standard_deviation: float) -> None:
+    """Draw the scalar head of a model whose other weights come from elsewhere, in place.
+
+    As `initialize_weights` draws it: the same on every layout.
+
+    Args:
+        model: One pipeline chunk; one without the end of the model stays as it is.
+        seed: The run's seed.
+        standard_deviation: As `transformers` draws it: the model's ``initializer_range``.
+    """
+    if model.post_process:
+        weight = model.get_parameter(_HEAD).data
+        _draw_bands(weight, key=f"{seed}/{_HEAD}/0", first=0, standard_deviation=standard_deviation)
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:
@@ -57,7 +74,7 @@ def global_name(model: torch.nn.Module, name: str) -> str:
     Returns:
         The name; that of the embedding for an output layer tied to it.
     """
-    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+    if name == _HEAD and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     prefix = "decoder.layers."
     if not name.startswith(prefix):

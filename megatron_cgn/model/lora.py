@@ -100,7 +100,7 @@ def add_adapters(
     Every ``A`` is drawn from the seed and its name, so that adapters begin alike on every layout;
     every ``B`` is zero. Call it once, before the model is wrapped for training. The matrices of
     ``lora.modules_to_save`` stay trainable: of a tied model ``embed_tokens`` is the output layer
-    too, and stays so.
+    too, and stays so. A scalar head is always trained whole: it is new, or as good as new.
 
     Args:
         chunks: This rank's ``GPTModel`` chunks, of native layers.
@@ -132,7 +132,7 @@ def add_adapters(
                 adapters.add(index, fusion.name, adapter)
                 base.register_forward_hook(_Add(adapter))
         chunk.adapters = adapters
-        for _, parameter in _whole(chunk, lora):
+        for _, parameter in _whole(chunk, architecture, lora):
             parameter.requires_grad_(True)
         if config.recompute_granularity == "full" and chunk.pre_process:
             # Recomputed layers are outside autograd's graph; without an input that needs a
@@ -173,7 +173,7 @@ def adapter_parameters(
 
 
 def trained_whole(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of ``lora.modules_to_save`` on this rank.
+    """The parameters of ``lora.modules_to_save`` on this rank, and a scalar head.
 
     Args:
         chunks: ``GPTModel`` chunks with adapters, possibly wrapped.
@@ -192,7 +192,7 @@ def trained_whole(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Paramet
 def adapters_off(chunks: Sequence[nn.Module]) -> Iterator[None]:
     """Run the model without its adapters, bit for bit as if it had none.
 
-    What ``lora.modules_to_save`` has trained stays trained.
+    What is trained whole beside them stays trained: ``lora.modules_to_save``, a scalar head.
 
     Args:
         chunks: ``GPTModel`` chunks, possibly wrapped; with or without adapters.
@@ -247,13 +247,17 @@ def _need_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> 
     return output
 
 
-def _whole(chunk: nn.Module, lora: LoraConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of a chunk that `lora.modules_to_save` means."""
-    tied = chunk.share_embeddings_and_output_weights
+def _whole(
+    chunk: nn.Module, architecture: Architecture, lora: LoraConfig
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a chunk that `lora.modules_to_save` means, and a scalar head."""
+    tied = architecture.ties_output
     wanted = (
         {"embedding.word_embeddings.weight"} if "embed_tokens" in lora.modules_to_save else {""}
     )
-    if "lm_head" in lora.modules_to_save or (tied and "embed_tokens" in lora.modules_to_save):
+    if architecture.head == "score":
+        wanted.add("output_layer.weight")
+    elif "lm_head" in lora.modules_to_save or (tied and "embed_tokens" in lora.modules_to_save):
         wanted.add("output_layer.weight")
     for name, parameter in chunk.named_parameters():
         if name in wanted:

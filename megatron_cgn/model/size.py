@@ -11,7 +11,7 @@ class ParameterCount:
 
     Attributes:
         total: Every parameter, as the Hugging Face checkpoint stores them.
-        matmul: Those multiplied with every token: the projections and the output matrix, without
+        matmul: Those multiplied with every token: the projections and the head, without
             the embedding (a lookup), norms and biases. Forward and backward take ``6 * matmul``
             FLOPs a token, attention scores apart.
     """
@@ -41,9 +41,11 @@ def parameter_count(architecture: Architecture) -> ParameterCount:
     vectors += qkv_size if a.qkv_bias else 0
     vectors += 2 * a.head_dim if a.qk_norm else 0
     vocabulary = a.vocab_size * a.hidden_size
+    output = vocabulary if a.head == "lm" else a.hidden_size
     return ParameterCount(
         total=a.num_layers * (matrices + vectors)
         + a.hidden_size
-        + vocabulary * (1 if a.tie_word_embeddings else 2),
-        matmul=a.num_layers * matrices + vocabulary,
+        + vocabulary
+        + (0 if a.ties_output else output),
+        matmul=a.num_layers * matrices + output,
     )

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from megatron_cgn.hf.adapter_file import AdapterFile
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.export import export_weights
 from megatron_cgn.hf.load import load_weights
-from megatron_cgn.hf.weights import open_weights
+from megatron_cgn.hf.weights import open_weights, stored_architecture
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import adapter_entries
 from megatron_cgn.model.size import parameter_count
@@ -71,13 +71,22 @@ def open_architecture(run: RunConfig) -> Architecture:
         run: The configuration.
 
     Returns:
-        The architecture.
+        The architecture; of stage ``rm`` with a scalar head, which is new if the model starts from
+        a language model.
 
     Raises:
-        ModelError: If the directory is wrong or not supported.
+        ModelError: If the directory is wrong or not supported, or a reward model where the stage
+            needs a language model.
         ConfigError: If the layout or ``optim.param_groups`` does not fit the model.
     """
     architecture = read_architecture(model_path(run))
+    if run.stage == "rm":
+        architecture = replace(architecture, head="score")
+    elif architecture.head == "score":
+        raise ModelError(
+            f"{model_path(run)}: is a reward model: it gives a score and no probabilities of ids. "
+            f"Stage {run.stage} needs a language model."
+        )
     validate_architecture(run, architecture)
     configured_groups(run, architecture)
     return architecture
@@ -124,7 +133,7 @@ def check_start(run: RunConfig, architecture: Architecture, tokenizer: Tokenizer
                 "model.hf_path, or set checkpoint.load_optimizer=false"
             )
         if not is_checkpoint(start):
-            open_weights(start, architecture)
+            open_weights(start, stored_architecture(start, architecture))
 
 
 def load_start(engine: Engine) -> None:
@@ -257,12 +266,15 @@ def describe_trained(engine: Engine) -> Iterator[str]:
     total = parameter_count(engine.architecture).total
     entries = adapter_entries(engine.architecture, lora)
     adapters = sum(math.prod(entry.shape) for entry in entries)
-    matrix = engine.architecture.vocab_size * engine.architecture.hidden_size
-    whole = matrix * len(lora.modules_to_save)
+    hidden = engine.architecture.hidden_size
+    whole = engine.architecture.vocab_size * hidden * len(lora.modules_to_save)
+    names = list(lora.modules_to_save)
+    if engine.architecture.head == "score":
+        whole, names = whole + hidden, [*names, "score"]
     yield (
         f"adapters of rank {lora.rank} on {', '.join(lora.targets)}: {adapters:,} parameters, "
         f"{adapters / total:.2%} of the model's {total:,}"
-        + (f"; {', '.join(lora.modules_to_save)} trained whole: {whole:,}" if whole else "")
+        + (f"; {', '.join(names)} trained whole: {whole:,}" if whole else "")
         + (f"; they start from {lora.adapter_path}" if lora.adapter_path else "")
     )
 

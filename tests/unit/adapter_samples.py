@@ -28,6 +28,7 @@ def write_adapter(
     dora: bool = False,
     whole: tuple[str, ...] = (),
     tied: bool = False,
+    score: bool = False,
     **fields: Any,
 ) -> dict[str, Tensor]:
     """Write an adapter for a model of `hf_samples.write_sample`; return its tensors.
@@ -40,6 +41,7 @@ def write_adapter(
         dora: Whether it has magnitudes.
         whole: Matrices held whole.
         tied: Whether the one matrix of a tied model is written under both names.
+        score: Whether it is of a reward model, as `peft` writes one.
         **fields: Fields of the configuration, or replacements.
     """
     generator = torch.Generator().manual_seed(13)
@@ -60,14 +62,17 @@ def write_adapter(
         tensors["base_model.model.lm_head.weight"] = (
             vocabulary.clone() if tied else vocabulary + 1.0
         )
+    if score:
+        tensors["base_model.model.score.weight"] = torch.randn(1, HIDDEN, generator=generator)
+    saved = [*whole, *(("classifier", "score") if score else ())]
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if score else "CAUSAL_LM",
         "base_model_name_or_path": "some/base",
         "r": RANK,
         "lora_alpha": ALPHA,
         "target_modules": list(targets),
-        "modules_to_save": list(whole) or None,
+        "modules_to_save": saved or None,
         "use_dora": dora,
         "ensure_weight_tying": tied,
     }

@@ -78,7 +78,7 @@ def test_tensors_that_the_configuration_gives_no_place_are_refused(
     ("fields", "message"),
     [
         ({"peft_type": "LOHA"}, 'peft_type = "LOHA": only "LORA"'),
-        ({"task_type": "SEQ_CLS"}, 'task_type = "SEQ_CLS"'),
+        ({"task_type": "TOKEN_CLS"}, 'task_type = "TOKEN_CLS"'),
         ({"bias": "lora_only"}, 'bias = "lora_only"'),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern = .*several ranks"),
         ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern = .*several scales"),
@@ -97,7 +97,7 @@ def test_tensors_that_the_configuration_gives_no_place_are_refused(
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"init_lora_weights": "corda"}, "init_lora_weights"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
-        ({"modules_to_save": ["score"]}, "modules_to_save = .*embed_tokens, lm_head"),
+        ({"modules_to_save": ["wte"]}, "modules_to_save = .*embed_tokens, lm_head, score"),
         ({"modules_to_save": "lm_head"}, "modules_to_save = .*list"),
         ({"r": 0}, "r = 0: must be a positive integer"),
         ({"r": 4.5}, "r = 4.5: must be a positive integer"),

@@ -46,6 +46,7 @@ class _Model:
     ffn_hidden_size: int = 96
     head_dim: int = 8
     tie_word_embeddings: bool = False
+    head: str = "lm"
     max_position_embeddings: int = 64
 
 
