@@ -1,56 +1,18 @@
 """The bundled conversations: that every line is one, once, and none is in both parts."""
 
-import itertools
-import json
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from bundled_samples import ALIKE, SAMPLES, records, similarities, turns
 
-from megatron_cgn.config.corpus import DeduplicateConfig
-from megatron_cgn.corpus.dedup import Signer
 from megatron_cgn.data.conversations import Conversation, read_conversations
 
-SAMPLES = Path(__file__).parents[2] / "samples"
 TRAIN = ("sft_zh.jsonl", "sft_en.jsonl")
 HELD_OUT = "sft_held_out.jsonl"
 FILES = (*TRAIN, HELD_OUT)
 LONGEST_ANSWER = 400
 """Characters: with its question it has to fit the quickstart's 512 tokens."""
-# Of the sets of three-token n-grams. Unrelated questions of one form ("What is the difference
-# between ...") share up to a quarter; the reworded question below shares more than half.
-ALIKE = 0.3
-
-
-def records(*names: str) -> list[dict[str, Any]]:
-    lines = (line for name in names for line in (SAMPLES / name).read_text("utf-8").splitlines())
-    return [json.loads(line) for line in lines]
-
-
-def turns(record: dict[str, Any]) -> list[str]:
-    """What user and assistant say in turn; read here without the code that trains."""
-    if "messages" in record:
-        return [m["content"] for m in record["messages"] if m["role"] != "system"]
-    if "conversations" in record:
-        return [m["value"] for m in record["conversations"]]
-    earlier = itertools.chain.from_iterable(record.get("history", []))
-    question = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
-    return [*earlier, question, record["output"]]
-
-
-def similarities(one: list[str], other: list[str]) -> np.ndarray:
-    """Jaccard similarity of every pair: `[len(one), len(other)]`."""
-    signer = Signer(DeduplicateConfig(ngram_tokens=3, number_weight=0))
-    elements, starts = signer.elements([*one, *other])
-    sets = [set(elements[a:b].tolist()) for a, b in itertools.pairwise(starts)]
-    return np.array(
-        [
-            [len(a & b) / max(1, len(a | b)) for b in sets[len(one) :]]
-            for a in sets[: len(one)]
-        ]
-    )  # fmt: skip
 
 
 def test_there_are_enough_and_more_of_them_chinese() -> None:
