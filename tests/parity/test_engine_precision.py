@@ -1,6 +1,7 @@
 """BF16 and FP16 stay near FP32; an FP16 step that overflows is skipped and said to be."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from engine_runs import OPTIM, Case, build_engine, train, write_models
 from megatron_cgn.config.schema import OptimConfig, ParallelConfig
 from megatron_cgn.engine.engine import Engine, StepReport
 from megatron_cgn.parallel.state import shutdown_parallel
-from megatron_cgn.testing import run_distributed
+from megatron_cgn.testing import release_engine, run_distributed
 
 EPSILON = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 """Spacing of the type at 1: 8 and 11 bits of significand."""
@@ -27,6 +28,7 @@ def _loss_scale(scale: float) -> OptimConfig:
     return dataclasses.replace(OPTIM, initial_loss_scale=scale)
 
 
+OVERFLOWING = _loss_scale(2.0**40)
 TWO: dict[str, Case] = {
     "bf16-tp2-sp": Case(
         precision="bf16",
@@ -71,9 +73,11 @@ def _unequal(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [name for name in a if not (a[name] == b[name]).all()]
 
 
-def _overflow(case: Case, path: Path) -> dict[str, Any]:
-    """One step that must overflow and one more, and what they did to the weights."""
-    engine = build_engine(dataclasses.replace(case, optim=_loss_scale(2.0**40)), path)
+def _overflow(engine: Engine) -> dict[str, Any]:
+    """One step that must overflow and some more, and what they did to the weights.
+
+    The engine's loss scale is `OVERFLOWING`.
+    """
     before = _weights(engine)
     (skipped,) = train(engine, steps=[0])
     after = _weights(engine)
@@ -88,6 +92,16 @@ def _overflow(case: Case, path: Path) -> dict[str, Any]:
     }
 
 
+def _alone[R](case: Case, path: Path, use: Callable[[Engine], R]) -> R:
+    """Use an engine in this process, and leave nothing of it behind."""
+    engine = build_engine(case, path)
+    try:
+        return use(engine)
+    finally:
+        release_engine(engine)
+        shutdown_parallel()
+
+
 def _run_two(models: dict[str, Path]) -> dict[str, Any]:
     torch.set_num_threads(1)
     results: dict[str, Any] = {
@@ -95,7 +109,8 @@ def _run_two(models: dict[str, Path]) -> dict[str, Any]:
         for name, case in TWO.items()
     }
     for name in ("fp16-pp2", "fp16-dp2-overlap"):
-        results[f"{name}-overflow"] = _overflow(TWO[name], models[TWO[name].model])
+        case = dataclasses.replace(TWO[name], optim=OVERFLOWING)
+        results[f"{name}-overflow"] = _overflow(build_engine(case, models[case.model]))
     shutdown_parallel()
     return results
 
@@ -108,7 +123,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def full(models: dict[str, Path]) -> dict[str, list[StepReport]]:
     """FP32 on one process, which `test_engine_layouts.py` holds to plain PyTorch."""
-    return {name: train(build_engine(Case(model=name), path)) for name, path in models.items()}
+    return {name: _alone(Case(model=name), path, train) for name, path in models.items()}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +157,7 @@ def test_half_precision_stays_near_fp32(
 ) -> None:
     parallel = ParallelConfig(distributed_optimizer=distributed_optimizer)
     case = Case(precision=precision, micro_batch_size=2, model=model, parallel=parallel)
-    reports = train(build_engine(case, models[model]))
+    reports = _alone(case, models[model], train)
     _near([dataclasses.asdict(r) for r in reports], full[model], precision)
 
 
@@ -168,7 +183,8 @@ def test_overflow_skips_the_step_then_recovers(
     models: dict[str, Path], distributed_optimizer: bool
 ) -> None:
     parallel = ParallelConfig(distributed_optimizer=distributed_optimizer)
-    _hold_overflow(_overflow(Case(precision="fp16", parallel=parallel), models["llama"]))
+    case = Case(precision="fp16", parallel=parallel, optim=OVERFLOWING)
+    _hold_overflow(_alone(case, models["llama"], _overflow))
 
 
 @pytest.mark.parametrize("case", ["fp16-pp2", "fp16-dp2-overlap"])
