@@ -108,6 +108,43 @@ def sft_parser() -> argparse.ArgumentParser:
         "--validate as too long."
     )
     parser.add_argument("--sft", action="store_true", help="conversations, not documents")
+    _add_look(parser, "conversations")
+    counted = parser.add_mutually_exclusive_group()
+    counted.add_argument(
+        "--train-on-prompt", action="store_true", help="count as chat.train_on_prompt does"
+    )
+    counted.add_argument(
+        "--last-turn-only", action="store_true", help="count as chat.last_turn_only does"
+    )
+    return parser
+
+
+def preference_parser() -> argparse.ArgumentParser:
+    """Of ``--preference``."""
+    parser = _parser(
+        "Check answers for preference learning and say what they hold. Records may be pairs "
+        "(prompt, chosen, rejected;\nthe prompt may be part of both), rankings (prompt, answers) "
+        "or single answers with a label (prompt,\ncompletion, label). Exits with 2 if a record is "
+        "faulty, or listed by --validate as too long."
+    )
+    parser.add_argument(
+        "--preference", action="store_true", help="answers that are compared, not documents"
+    )
+    _add_look(parser, "records")
+    counted = parser.add_mutually_exclusive_group()
+    counted.add_argument(
+        "--last-turn-only", action="store_true", help="count as chat.last_turn_only does"
+    )
+    counted.add_argument(
+        "--reward",
+        action="store_true",
+        help="measure lengths as stage rm reads answers: to their very last token",
+    )
+    return parser
+
+
+def _add_look(parser: argparse.ArgumentParser, unit: str) -> None:
+    """Add what is common to the commands that look at data before a run reads them."""
     parser.add_argument(
         "--input", nargs="+", action="extend", required=True, metavar="F", help="what to read"
     )
@@ -126,16 +163,8 @@ def sft_parser() -> argparse.ArgumentParser:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="faults and figures, an object a line")
     output.add_argument(
-        "--show", type=positive_int, default=0, metavar="N", help="conversations to show, marked"
+        "--show", type=positive_int, default=0, metavar="N", help=f"{unit} to show, marked"
     )
-    counted = parser.add_mutually_exclusive_group()
-    counted.add_argument(
-        "--train-on-prompt", action="store_true", help="count as chat.train_on_prompt does"
-    )
-    counted.add_argument(
-        "--last-turn-only", action="store_true", help="count as chat.last_turn_only does"
-    )
-    return parser
 
 
 def _parser(description: str) -> argparse.ArgumentParser:

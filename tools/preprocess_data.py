@@ -27,6 +27,11 @@ and looked at before: which tokens count, how long they are, and every fault by 
     python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b --show 3
     python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b \\
         --seq-length 4096 --validate
+
+So are answers for preference learning, which are compared or have labels:
+
+    python tools/preprocess_data.py --preference --input pairs.jsonl --tokenizer models/qwen3-8b \\
+        --seq-length 4096 --validate
 """
 
 import argparse
@@ -43,11 +48,12 @@ from preprocess_arguments import (
     index_parser,
     info_parser,
     merge_parser,
+    preference_parser,
     retokenize_parser,
     sft_parser,
     split_parser,
 )
-from preprocess_sft import check_conversations, progress
+from preprocess_sft import check_conversations, check_preferences, progress
 from tqdm import tqdm
 
 from megatron_cgn.data.describe import Description, describe
@@ -67,7 +73,8 @@ def main() -> int:
     if given and given[0] in _COMMANDS:
         command, given = given[0], given[1:]
     else:
-        command = "sft" if "--sft" in given else "index"
+        asked = (name for name in ("sft", "preference") if f"--{name}" in given)
+        command = next(asked, "index")
     parser, run = _COMMANDS[command]
     arguments = parser().parse_args(given)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -166,6 +173,7 @@ _COMMANDS: dict[
     str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int | None]]
 ] = {
     "sft": (sft_parser, check_conversations),
+    "preference": (preference_parser, check_preferences),
     "index": (functools.partial(index_parser, __doc__), _index),
     "merge": (merge_parser, _merge),
     "split": (split_parser, _split),

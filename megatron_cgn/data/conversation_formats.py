@@ -93,19 +93,31 @@ def read_record(row: Any) -> Record:
     Raises:
         DataError: If it is of no known kind, or not as its kind should be; says why, not where.
     """
+    fields = check_fields(row)
+    kind = _detect(fields)
+    if kind == "alpaca":
+        messages = alpaca_prompt(fields)
+        messages.append(Message("assistant", as_text(fields["output"], "output")))
+    elif kind == "prompt":
+        question = said(fields["prompt"], "prompt", role="user")
+        messages = [*question, *said(fields["completion"], "completion", role="assistant")]
+    else:
+        messages = listed(fields["conversations" if kind == "sharegpt" else "messages"])
+    return Record(kind, tuple(with_system(fields, messages)))
+
+
+def check_fields(row: Any) -> Mapping[str, Any]:
+    """Check that a record is an object, and has nothing in it that cannot be trained on.
+
+    Raises:
+        DataError: If not.
+    """
     if not isinstance(row, Mapping):
-        raise DataError(f"expected an object, found {_kind_of(row)}")
+        raise DataError(f"expected an object, found {kind_of(row)}")
     for name in _RECORD_FIELDS_REFUSED:
         if row.get(name) and row[name] != "[]":  # no tools at all, as JSON in a column of texts
             raise DataError(f"has the field {name!r}, which cannot be trained on and is not empty")
-    kind = _detect(row)
-    if kind == "alpaca":
-        messages = _alpaca(row)
-    elif kind == "prompt":
-        messages = [*_side(row, "prompt", "user"), *_side(row, "completion", "assistant")]
-    else:
-        messages = _listed(row["conversations" if kind == "sharegpt" else "messages"])
-    return Record(kind, tuple(_with_system(row, messages)))
+    return row
 
 
 def _detect(row: Mapping[str, Any]) -> str:
@@ -129,7 +141,7 @@ def _detect(row: Mapping[str, Any]) -> str:
 
 def _hint(has: set[str]) -> str:
     if "chosen" in has and "rejected" in has:
-        return "this is preference data, not instruction data"
+        return "this is preference data (stage dpo or rm), not instruction data"
     if "instruction" in has:
         return "instruction lacks its output"
     if "prompt" in has:
@@ -140,35 +152,45 @@ def _hint(has: set[str]) -> str:
     )
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[Message]:
+def alpaca_prompt(row: Mapping[str, Any]) -> list[Message]:
+    """What an alpaca record asks: its history, and its instruction with the input behind it."""
     messages = []
-    for number, pair in enumerate(_list(row.get("history") or (), "history"), start=1):
+    for number, pair in enumerate(as_list(row.get("history") or (), "history"), start=1):
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
             raise DataError(f"history, entry {number}: expected [question, answer]")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append(Message(role, _text(text, f"history, entry {number}")))
-    question = _text(row["instruction"], "instruction")
-    more = _text(row.get("input") or "", "input")
+            messages.append(Message(role, as_text(text, f"history, entry {number}")))
+    question = as_text(row["instruction"], "instruction")
+    more = as_text(row.get("input") or "", "input")
     if more.strip():
         question = f"{question}\n{more}" if question.strip() else more
     messages.append(Message("user", question))
-    messages.append(Message("assistant", _text(row["output"], "output")))
     return messages
 
 
-def _side(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    value = row[name]
-    return [Message(role, value)] if isinstance(value, str) else _listed(value, name)
+def said(value: Any, name: str, *, role: str) -> list[Message]:
+    """What one side says: a text, which has the role, or a list of messages."""
+    return [Message(role, value)] if isinstance(value, str) else listed(value, name)
 
 
-def _listed(value: Any, name: str = "the list of messages") -> list[Message]:
-    return [_message(item, n) for n, item in enumerate(_list(value, name), start=1)]
+def listed(value: Any, name: str = "the list of messages") -> list[Message]:
+    """Messages of a list."""
+    return [read_message(item, n) for n, item in enumerate(as_list(value, name), start=1)]
 
 
-def _message(item: Any, number: int) -> Message:
+def read_message(item: Any, number: int) -> Message:
+    """A message in either notation.
+
+    Args:
+        item: What stands for it.
+        number: Its place in the conversation, for faults.
+
+    Raises:
+        DataError: If it is none, or has what would have no effect.
+    """
     place = f"message {number}"
     if not isinstance(item, Mapping):
-        raise DataError(f"{place}: expected an object, found {_kind_of(item)}")
+        raise DataError(f"{place}: expected an object, found {kind_of(item)}")
     names = ("from", "value") if item.get("from") is not None else ("role", "content")
     for name in _MESSAGE_FIELDS_REFUSED:
         if item.get(name):
@@ -194,39 +216,42 @@ def _message(item: Any, number: int) -> Message:
 
 def _content(value: Any, place: str) -> str:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return _text(value, place)
+        return as_text(value, place)
     texts = []
     for part in value:
         if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else _kind_of(part)
+            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
             raise DataError(f"{place} has a part that is no text ({kind})")
-        texts.append(_text(part.get("text"), place))
+        texts.append(as_text(part.get("text"), place))
     return "".join(texts)
 
 
-def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Put the field ``system`` first; empty, as columns of tables often are, it says nothing."""
     system = row.get("system")
     if not system:
         return messages
     if messages and messages[0].role == "system":
         raise DataError("has the field 'system' and begins with a system message: keep one")
-    return [Message("system", _text(system, "system")), *messages]
+    return [Message("system", as_text(system, "system")), *messages]
 
 
-def _list(value: Any, name: str) -> Sequence[Any]:
+def as_list(value: Any, name: str) -> Sequence[Any]:
+    """The value, if it is a list."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise DataError(f"{name}: expected a list, found {_kind_of(value)}")
+        raise DataError(f"{name}: expected a list, found {kind_of(value)}")
     return value
 
 
-def _text(value: Any, place: str) -> str:
+def as_text(value: Any, place: str) -> str:
+    """The value, if it is a text."""
     if not isinstance(value, str):
-        raise DataError(f"{place}: expected a text, found {_kind_of(value)}")
+        raise DataError(f"{place}: expected a text, found {kind_of(value)}")
     return value
 
 
-def _kind_of(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a value of JSON is, in words."""
     if value is None:
         return "null"
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false"}

@@ -7,7 +7,7 @@ what it reads is its own account.
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from tokenizer.chat import ChatTemplate, EncodedChat
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
 """Of the lengths, as they are shown; the last is the longest."""
-_EMPTY = "the file holds no conversation"
+EMPTY = "the file holds no {}"
+"""Fault of a file without records."""
 _DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\b\d[\d,]*\b")
 # Data may hold escape codes: they must not act on the reader's terminal. C0, C1 and delete.
 _VISIBLE = {
@@ -47,6 +48,8 @@ class Counting:
     """Whether of the assistant's turns only the last counts."""
     seq_length: int | None = None
     """Longest conversation. None: none is too long."""
+    whole: bool = False
+    """Whether the last token is read too, as it is for a reward."""
 
     def spans(self, encoded: EncodedChat) -> tuple[tuple[int, int], ...]:
         """Ranges of the tokens that count; the first token of all is nobody's prediction."""
@@ -57,8 +60,11 @@ class Counting:
     def places(self, encoded: EncodedChat) -> int:
         """What the conversation takes of ``data.seq_length``.
 
-        One less than its tokens up to the last that counts: that one is predicted, not read.
+        One less than its tokens up to the last that counts: that one is predicted, not read. All
+        tokens where it is read whole.
         """
+        if self.whole:
+            return len(encoded.ids)
         return self.spans(encoded)[-1][1] - 1
 
 
@@ -93,12 +99,7 @@ class Survey:
 
     def quantiles(self) -> dict[str, int]:
         """Lengths by quantile (`QUANTILES`), such as ``{"0.5": 212, …}``; empty without any."""
-        if not self.lengths:
-            return {}
-        values = np.quantile(np.asarray(self.lengths), QUANTILES, method="higher").tolist()
-        return {
-            str(quantile): int(value) for quantile, value in zip(QUANTILES, values, strict=True)
-        }
+        return quantiles_of(self.lengths)
 
     def to_json(self) -> dict[str, Any]:
         """The same as an object of JSON, with the lengths as quantiles."""
@@ -115,6 +116,14 @@ class Survey:
             "faults": self.faults.total(),
             "faults_by_reason": dict(self.faults.most_common()),
         }
+
+
+def quantiles_of(lengths: Sequence[int]) -> dict[str, int]:
+    """Lengths by quantile (`QUANTILES`); empty without any."""
+    if not lengths:
+        return {}
+    values = np.quantile(np.asarray(lengths), QUANTILES, method="higher").tolist()
+    return {str(quantile): int(value) for quantile, value in zip(QUANTILES, values, strict=True)}
 
 
 def survey(
@@ -149,7 +158,7 @@ def survey(
         records = read_conversations(path, report=report)
         for item in encode_conversations(records, chat=chat):
             if isinstance(item, Fault):
-                found.faults[_DETAIL.sub("…", item.reason)] += 1
+                found.faults[without_detail(item.reason)] += 1
                 on_fault(item)
                 continue
             _count(found, *item, counting=counting)
@@ -159,8 +168,9 @@ def survey(
                 found.too_long += 1
                 on_fault(_too_long(item[0], length, counting.seq_length))
         if found.conversations + found.faults.total() == before:
-            found.faults[_EMPTY] += 1
-            on_fault(Fault(str(path), 1, _EMPTY))
+            empty = EMPTY.format("conversation")
+            found.faults[empty] += 1
+            on_fault(Fault(str(path), 1, empty))
     return found
 
 
@@ -205,27 +215,59 @@ def show(
     Returns:
         Lines: where it is from and how long, then the text. ``↵`` stands at every line's end.
     """
-    opening, closing = (_COUNTED, _NORMAL) if colour else ("⟦", "⟧")
-    pieces, done = [], 0
     spans = counting.spans(encoded)
-    for start, end in spans:
-        pieces.append(_text(encoded.ids[done:start], chat))
-        marked = _text(encoded.ids[start:end], chat)
-        pieces.append(f"{opening}{marked}{closing}")
-        done = end
-    pieces.append(_text(encoded.ids[done:], chat))
+    text = marked_text(encoded.ids, spans, chat=chat, colour=colour)
     counted = sum(end - start for start, end in spans)
     head = (
-        f"--- {conversation.id.translate(_VISIBLE)} ({conversation.kind}, {conversation.path}:"
+        f"--- {visible(conversation.id)} ({conversation.kind}, {conversation.path}:"
         f"{conversation.line}): "
         f"{len(encoded.ids):,} tokens, {counted:,} of them count"
     )
-    return f"{head}\n{''.join(pieces)}"
+    return f"{head}\n{text}"
+
+
+def marked_text(
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    *,
+    chat: ChatTemplate,
+    colour: bool,
+    begin: int = 0,
+) -> str:
+    """Write tokens as text, with what counts marked.
+
+    Args:
+        ids: A conversation.
+        spans: Which tokens count, in order.
+        chat: The chat template.
+        colour: As for `show`.
+        begin: The first token to write, in front of the first that counts or at it.
+
+    Returns:
+        The text.
+    """
+    opening, closing = (_COUNTED, _NORMAL) if colour else ("⟦", "⟧")
+    pieces, done = [], begin
+    for start, end in spans:
+        pieces.append(_text(ids[done:start], chat))
+        pieces.append(f"{opening}{_text(ids[start:end], chat)}{closing}")
+        done = end
+    return "".join([*pieces, _text(ids[done:], chat)])
+
+
+def visible(text: str) -> str:
+    """Text without what would act on a terminal."""
+    return text.translate(_VISIBLE)
 
 
 def _text(ids: Sequence[int], chat: ChatTemplate) -> str:
     text = chat.decode(ids, skip_special_tokens=False) if ids else ""
-    return text.translate(_VISIBLE)
+    return visible(text)
+
+
+def without_detail(reason: str) -> str:
+    """A fault without what differs from record to record."""
+    return _DETAIL.sub("…", reason)
 
 
 def summary(found: Survey, *, counting: Counting) -> list[str]:
@@ -238,17 +280,26 @@ def summary(found: Survey, *, counting: Counting) -> list[str]:
         f"  tokens           {found.tokens:>15,}",
         f"  tokens counted   {found.counted:>15,} ({share})",
     ]
-    names = ("median length", "90 % at most", "95 % at most", "99 % at most", "longest")
-    lines += [
-        f"  {name:<16} {length:>15,} tokens"
-        for name, length in zip(names, found.quantiles().values(), strict=False)
-    ]
+    lines += length_lines(found.quantiles())
     if found.unanswered:
         lines.append(f"  end unanswered   {found.unanswered:>15,} (what follows trains nothing)")
     if found.spaced:
         lines.append(f"  begin with space {found.spaced:>15,} answers (most templates keep it)")
     if counting.seq_length is not None:
         lines.append(f"  too long         {found.too_long:>15,} (over {counting.seq_length:,})")
-    lines.append(f"  faulty records   {found.faults.total():>15,}")
-    lines += [f"    {count:>14,}  {reason}" for reason, count in found.faults.most_common()]
-    return lines
+    return lines + fault_lines(found.faults)
+
+
+def length_lines(quantiles: Mapping[str, int]) -> list[str]:
+    """Lines of a summary about lengths."""
+    names = ("median length", "90 % at most", "95 % at most", "99 % at most", "longest")
+    return [
+        f"  {name:<16} {length:>15,} tokens"
+        for name, length in zip(names, quantiles.values(), strict=False)
+    ]
+
+
+def fault_lines(faults: Counter[str]) -> list[str]:
+    """Lines of a summary about faults."""
+    lines = [f"  faulty records   {faults.total():>15,}"]
+    return lines + [f"    {count:>14,}  {reason}" for reason, count in faults.most_common()]

@@ -7,7 +7,7 @@ conversations, and finds their further faults, in `encode_conversations`.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
@@ -22,6 +22,7 @@ _BATCH = 256  # conversations tokenised at a time
 _TABLE_ROWS = 512  # rows of a table held at a time
 _BOM = "\ufeff"
 _SPACE = re.compile(r"[ \t\r\n]*")
+_EXAMPLE = "conversation. Give instruction, input and output; conversations; or messages."
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,7 @@ def read_conversations(
             the damage cannot be told.
     """
     path = Path(path)
-    size = check_inputs([path])
-    report = report or (lambda size: None)
-    is_table = path.is_dir() or path.suffix == ".parquet"
-    for line, row in _table_rows(path, size, report) if is_table else _json_rows(path, report):
+    for line, row in read_rows(path, fields=FIELDS, example=_EXAMPLE, report=report):
         if isinstance(row, DataError):
             yield Fault(str(path), line, str(row))
             continue
@@ -89,8 +87,7 @@ def read_conversations(
         except DataError as fault:
             yield Fault(str(path), line, str(fault))
             continue
-        own = row.get("id")
-        name = f"{path.name}:{line}" if own is None or own == "" else str(own)
+        name = record_name(row, path, line)
         yield Conversation(f"{id_prefix}{name}", record.messages, str(path), line, record.kind)
 
 
@@ -120,8 +117,41 @@ def encode_conversations(
                 yield record, result
 
 
-_Row = tuple[int, Any]
-"""Line and content of a record; a DataError for one that cannot be parsed."""
+def read_rows(
+    path: Path,
+    *,
+    fields: Sequence[str],
+    example: str,
+    report: Callable[[int], object] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Read a file record by record.
+
+    Args:
+        path: As for `read_conversations`.
+        fields: Columns of a table that are read; of a JSON record all are.
+        example: What to give instead, for a table that has none of them.
+        report: As for `read_conversations`.
+
+    Yields:
+        Line and content of each record in order; a DataError for one that cannot be parsed.
+
+    Raises:
+        DataError: As `read_conversations`.
+    """
+    size = check_inputs([path])
+    report = report or (lambda size: None)
+    if path.is_dir() or path.suffix == ".parquet":
+        return _table_rows(path, size, report, lambda names: _known(names, path, fields, example))
+    return _json_rows(path, report)
+
+
+def record_name(row: Mapping[str, Any], path: Path, line: int) -> str:
+    """What a record is called: its own ``id``, or its file and line."""
+    own = row.get("id")
+    return f"{path.name}:{line}" if own is None or own == "" else str(own)
+
+
+type _Row = tuple[int, Any]
 
 
 def _json_rows(path: Path, report: Callable[[int], object]) -> Iterator[_Row]:
@@ -200,9 +230,16 @@ def _skip(text: str, place: int) -> int:
     return match.end()
 
 
-def _table_rows(path: Path, size: int, report: Callable[[int], object]) -> Iterator[_Row]:
+type _Choose = Callable[[Sequence[str]], list[str]]
+"""Says which of the columns of a table are read."""
+
+
+def _table_rows(
+    path: Path, size: int, report: Callable[[int], object], choose: _Choose
+) -> Iterator[_Row]:
     number = 0
-    for rows, total in _parquet(path) if path.suffix == ".parquet" else _saved(path):
+    parts = _parquet(path, choose) if path.suffix == ".parquet" else _saved(path, choose)
+    for rows, total in parts:
         before = number
         for row in rows:
             number += 1
@@ -210,13 +247,13 @@ def _table_rows(path: Path, size: int, report: Callable[[int], object]) -> Itera
         report(size * number // total - size * before // total)
 
 
-def _parquet(path: Path) -> Iterator[tuple[list[Any], int]]:
+def _parquet(path: Path, choose: _Choose) -> Iterator[tuple[list[Any], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            names = _known(file.schema_arrow.names, path)
+            names = choose(file.schema_arrow.names)
             batches = file.iter_batches(batch_size=_TABLE_ROWS, columns=names, use_threads=False)
             for batch in batches:
                 yield batch.to_pylist(), file.metadata.num_rows
@@ -224,14 +261,14 @@ def _parquet(path: Path) -> Iterator[tuple[list[Any], int]]:
         raise _damaged(path, error) from error
 
 
-def _saved(path: Path) -> Iterator[tuple[list[Any], int]]:
+def _saved(path: Path, choose: _Choose) -> Iterator[tuple[list[Any], int]]:
     import datasets
 
     try:
         if json.loads((path / "state.json").read_text("utf-8"))["_data_files"] == []:
             return  # saved without a row, which `datasets` cannot open again
         dataset = datasets.load_from_disk(str(path))
-        names = _known(dataset.column_names, path)
+        names = choose(dataset.column_names)
         table = dataset.select_columns(names).with_format("arrow")
         for part in table.iter(batch_size=_TABLE_ROWS):
             yield part.to_pylist(), len(dataset)
@@ -239,12 +276,11 @@ def _saved(path: Path) -> Iterator[tuple[list[Any], int]]:
         raise _damaged(path, error) from error
 
 
-def _known(names: Sequence[str], path: Path) -> list[str]:
-    known = [name for name in FIELDS if name in names]
+def _known(names: Sequence[str], path: Path, fields: Sequence[str], example: str) -> list[str]:
+    known = [name for name in fields if name in names]
     if not known:
         raise DataError(
-            f"{path}: none of its columns ({', '.join(map(repr, names))}) belongs to a "
-            "conversation. Give instruction, input and output; conversations; or messages."
+            f"{path}: none of its columns ({', '.join(map(repr, names))}) belongs to a {example}"
         )
     return known
 

@@ -17,11 +17,11 @@ from megatron_cgn.data.boundaries import separate_documents
 from megatron_cgn.data.windows import Sample
 from megatron_cgn.errors import ConfigError
 
-type Collate = Callable[[Sequence[Any]], TokenBatch]
+type Collate[B] = Callable[[Sequence[Any]], B]
 """Makes a micro-batch of what a dataset gives."""
 
 
-class SequentialLoader:
+class StepLoader[B]:
     """Training batches of one data-parallel rank.
 
     Step t of a run that starts at sequence 0 consumes the sequences ``[t * G, (t + 1) * G)`` with
@@ -38,10 +38,9 @@ class SequentialLoader:
         global_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        make_batch: Collate[B],
         start_sequence: int = 0,
         num_workers: int = 0,
-        eod_id: int | None = None,
-        make_batch: Collate | None = None,
     ) -> None:
         """Set the position; nothing is read yet.
 
@@ -51,10 +50,9 @@ class SequentialLoader:
             global_batch_size: Sequences of one step over all ranks.
             dp_rank: This rank's place in the data-parallel group.
             dp_size: Size of that group.
+            make_batch: Makes a batch of what the dataset gives.
             start_sequence: Sequences consumed already.
             num_workers: Processes that read ahead; 0 reads in this one. The order is the same.
-            eod_id: Separate documents at this end-of-document token; None leaves them joined.
-            make_batch: Makes a batch of what the dataset gives, instead of `collate`.
 
         Raises:
             ConfigError: If the global batch does not divide into micro-batches.
@@ -73,7 +71,7 @@ class SequentialLoader:
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._num_workers = num_workers
-        self._collate = make_batch or functools.partial(collate, eod_id=eod_id)
+        self._collate = make_batch
 
     @property
     def steps_left(self) -> int:
@@ -81,7 +79,7 @@ class SequentialLoader:
         total = len(self._dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
         return max(0, total - self.consumed_sequences) // self._global_batch_size
 
-    def __iter__(self) -> Generator[list[TokenBatch]]:
+    def __iter__(self) -> Generator[list[B]]:
         """Yield the micro-batches of each step, from the current position to the end.
 
         Close it rather than leave it to the collector. Its worker processes ignore the signal by
@@ -106,7 +104,49 @@ class SequentialLoader:
                 yield list(range(start, start + self._micro_batch_size))
 
 
-class ValidationLoader:
+class SequentialLoader(StepLoader[TokenBatch]):
+    """Training batches of samples of one length."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        start_sequence: int = 0,
+        num_workers: int = 0,
+        eod_id: int | None = None,
+    ) -> None:
+        """Set the position; nothing is read yet.
+
+        Args:
+            dataset: As for `StepLoader`, with what follows.
+            micro_batch_size: Likewise.
+            global_batch_size: Likewise.
+            dp_rank: Likewise.
+            dp_size: Likewise.
+            start_sequence: Likewise.
+            num_workers: Likewise.
+            eod_id: Separate documents at this end-of-document token; None leaves them joined.
+
+        Raises:
+            ConfigError: As `StepLoader`.
+        """
+        super().__init__(
+            dataset,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            make_batch=functools.partial(collate, eod_id=eod_id),
+            start_sequence=start_sequence,
+            num_workers=num_workers,
+        )
+
+
+class OnceLoader[B]:
     """Micro-batches of one data-parallel rank that together cover a dataset exactly once.
 
     Micro-batch i of rank r holds the sequences from ``(i * D + r) * micro_batch_size`` on. Every
@@ -120,10 +160,10 @@ class ValidationLoader:
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
+        make_batch: Collate[B],
+        make_blank: Callable[[], Any],
         max_sequences: int | None = None,
         num_workers: int = 0,
-        eod_id: int | None = None,
-        make_batch: Collate | None = None,
     ) -> None:
         """Divide the dataset; nothing is read yet.
 
@@ -132,10 +172,10 @@ class ValidationLoader:
             micro_batch_size: Sequences of one micro-batch on one rank.
             dp_rank: This rank's place in the data-parallel group.
             dp_size: Size of that group.
+            make_batch: Makes a batch of what the dataset gives.
+            make_blank: Makes a sequence that counts nothing.
             max_sequences: Read only this many, from the start. None: all.
             num_workers: Processes that read ahead; 0 reads in this one.
-            eod_id: As for `SequentialLoader`.
-            make_batch: Likewise.
         """
         total = len(dataset)  # type: ignore[arg-type]  # Dataset declares no __len__
         assert total > 0, "an empty source is refused when it is checked"
@@ -146,9 +186,9 @@ class ValidationLoader:
             list(range(start, start + micro_batch_size))
             for start in range(dp_rank * micro_batch_size, self._padded(stride), stride)
         ]
-        self._dataset: Dataset[Any] = _Padded(dataset, self.num_sequences)
+        self._dataset: Dataset[Any] = _Padded(dataset, self.num_sequences, make_blank)
         self._num_workers = num_workers
-        self._collate = make_batch or functools.partial(collate, eod_id=eod_id)
+        self._collate = make_batch
 
     def _padded(self, stride: int) -> int:
         return -(-self.num_sequences // stride) * stride
@@ -157,9 +197,46 @@ class ValidationLoader:
         """Micro-batches of this rank: equal on every rank."""
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[TokenBatch]:
+    def __iter__(self) -> Iterator[B]:
         """Yield the micro-batches in order."""
         return iter(_loader(self._dataset, self._batches, self._num_workers, self._collate))
+
+
+class ValidationLoader(OnceLoader[TokenBatch]):
+    """Held-out batches of samples of one length."""
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        max_sequences: int | None = None,
+        num_workers: int = 0,
+        eod_id: int | None = None,
+    ) -> None:
+        """Divide the dataset; nothing is read yet.
+
+        Args:
+            dataset: As for `OnceLoader`, with what follows.
+            micro_batch_size: Likewise.
+            dp_rank: Likewise.
+            dp_size: Likewise.
+            max_sequences: Likewise.
+            num_workers: Likewise.
+            eod_id: As for `SequentialLoader`.
+        """
+        super().__init__(
+            dataset,
+            micro_batch_size=micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            make_batch=functools.partial(collate, eod_id=eod_id),
+            make_blank=functools.partial(_blank_like, dataset),
+            max_sequences=max_sequences,
+            num_workers=num_workers,
+        )
 
 
 def collate(samples: Sequence[Sample], *, eod_id: int | None = None) -> TokenBatch:
@@ -189,21 +266,24 @@ def collate(samples: Sequence[Sample], *, eod_id: int | None = None) -> TokenBat
     return batch if eod_id is None else separate_documents(batch, eod_id=eod_id)
 
 
-class _Padded(Dataset[Sample]):
-    """A dataset that goes on with blank samples after ``length``."""
+def _blank_like(dataset: Dataset[Sample]) -> Sample:
+    """A sample that counts nothing."""
+    return {
+        name: value if name == "position_ids" else torch.zeros_like(value)
+        for name, value in dataset[0].items()
+    }
 
-    def __init__(self, dataset: Dataset[Sample], length: int) -> None:
+
+class _Padded[R](Dataset[R]):
+    """A dataset that goes on with blank sequences after ``length``."""
+
+    def __init__(self, dataset: Dataset[R], length: int, make_blank: Callable[[], R]) -> None:
         self._dataset = dataset
         self._length = length
+        self._make_blank = make_blank
 
-    def __getitem__(self, index: int) -> Sample:
-        if index < self._length:
-            return self._dataset[index]
-        first = self._dataset[0]
-        return {
-            name: value if name == "position_ids" else torch.zeros_like(value)
-            for name, value in first.items()
-        }
+    def __getitem__(self, index: int) -> R:
+        return self._dataset[index] if index < self._length else self._make_blank()
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -215,12 +295,12 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _loader(
+def _loader[B](
     dataset: Dataset[Any],
     batches: Iterable[list[int]],
     num_workers: int,
-    make_batch: Collate,
-) -> DataLoader[TokenBatch]:
+    make_batch: Collate[B],
+) -> DataLoader[B]:
     return DataLoader(
         dataset,
         batch_sampler=batches,

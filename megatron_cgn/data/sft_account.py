@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_cgn.data.account import aligned
-from megatron_cgn.data.sft import SftData, SftPlan
+from megatron_cgn.data.packed_plan import PackedData, PackedPlan
+from megatron_cgn.data.sft_files import SftFile
 from megatron_cgn.data.sft_selection import Tally
-from megatron_cgn.data.sft_sources import SftFile, SftSource
+from megatron_cgn.data.sft_sources import SftSource
 
 ACCOUNT_FILE = "sft.json"
 """Name of the account, in a run's directory as planned and in a checkpoint as consumed."""
@@ -17,7 +18,7 @@ _MUCH = 0.05
 """Share of a file's conversations whose loss is a warning."""
 
 
-def account_of(data: SftData, *, consumed: int | None = None) -> dict[str, Any]:
+def account_of(data: PackedData[Any], *, consumed: int | None = None) -> dict[str, Any]:
     """Account for the beginning of a run, or for all of it.
 
     All figures are counted, not estimated. ``tokens`` are places in rows, of which
@@ -38,14 +39,15 @@ def account_of(data: SftData, *, consumed: int | None = None) -> dict[str, Any]:
         "format": FORMAT,
         "sequences": sequences,
         "planned_sequences": plan.sequences,
-        **_amount(total),
+        **_amount(total, plan.unit),
         "utilisation": total.tokens / max(1, sequences * plan.reading.seq_length),
-        "settings": _settings(plan),
+        "settings": plan.settings(),
+        **plan.facts(),
         "sources": [_of_source(s, drawn, plan) for s, drawn in _by_source(plan.sources, tallies)],
     }
 
 
-def describe(plan: SftPlan) -> Iterator[str]:
+def describe(plan: PackedPlan) -> Iterator[str]:
     """Say in lines of text what a run will read.
 
     Args:
@@ -56,7 +58,7 @@ def describe(plan: SftPlan) -> Iterator[str]:
         warnings of questions that are asked on both sides and of sources without held-out ones.
     """
     rows: list[tuple[str, ...]] = [
-        ("source", "share", "conversations", "tokens", "counted", "epochs", "held out")
+        ("source", "share", plan.unit, "tokens", "counted", "epochs", "held out")
     ]
     total = sum(plan.planned, Tally())
     for source, drawn in _by_source(plan.sources, plan.planned):
@@ -76,8 +78,9 @@ def describe(plan: SftPlan) -> Iterator[str]:
     yield (
         f"{plan.sequences:,} sequences of at most {plan.reading.seq_length:,} tokens, "
         f"{plan.utilisation:.1%} full: {plan.total_steps:,} steps of {plan.global_batch_size:,}"
-        + ("" if plan.packing else " (one conversation each: data.packing=false)")
+        + ("" if plan.packing else f" (one {plan.unit.removesuffix('s')} each: data.packing=false)")
     )
+    yield from plan.remarks()
     for source in plan.sources:
         yield from _left_out(source, plan)
     unseen = [s.name for s in plan.sources if not s.held_out.conversations]
@@ -95,20 +98,21 @@ class SftHistory(dict[str, Any]):
     A run may become longer or shorter. What it reads, and in which order, may not change.
     """
 
-    def __init__(self, plan: SftPlan, *, encoding: str = "") -> None:
+    def __init__(self, plan: PackedPlan, *, encoding: str = "") -> None:
         """Record a plan.
 
         Args:
             plan: The plan.
             encoding: Stands for tokenizer and template, which a checkpoint tells of by themselves:
-                where they differ, all conversations do, and need not be told of too.
+                where they differ, all that is read does, and need not be told of too.
         """
+        self._unit = plan.unit
         super().__init__(
             encoding=encoding,
             order=plan.order_key,
             sequences=plan.sequences,
             global_batch_size=plan.global_batch_size,
-            settings=_settings(plan),
+            settings=plan.settings(),
             sources=[
                 {
                     "name": source.name,
@@ -135,11 +139,14 @@ class SftHistory(dict[str, Any]):
                 return None  # told by a field of its own
             if written["encoding"] != self["encoding"]:
                 return None  # likewise
-            found = [*_length(written, self, consumed_sequences), *_changes(written, self)]
+            found = [
+                *_length(written, self, consumed_sequences),
+                *_changes(written, self, self._unit),
+            ]
             if not found and written["order"] != self["order"]:
                 found = ["files have other weights, or another version made the order; restore it"]
         except (AssertionError, KeyError, TypeError, AttributeError):
-            return "the checkpoint does not say which conversations it read; start anew from it"
+            return f"the checkpoint does not say which {self._unit} it read; start anew from it"
         return "; ".join(found) or None
 
 
@@ -160,7 +167,7 @@ def _length(before: Mapping[str, Any], now: Mapping[str, Any], consumed: int) ->
         )
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], unit: str) -> Iterator[str]:
     """Say what changed of what is read."""
     for name, value in now["settings"].items():
         if before["settings"].get(name) != value:
@@ -174,12 +181,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
             yield f"the source {name!r} is new; train on it in another run, from this checkpoint"
         elif _keys(old[name]["files"]) != _keys(new[name]["files"]):
             yield (
-                f"the conversations of the source {name!r} have changed; restore its files, and "
+                f"the {unit} of the source {name!r} have changed; restore its files, and "
                 "train on new ones in another run, from this checkpoint"
             )
         elif _keys(old[name]["held_out"]) != _keys(new[name]["held_out"]):
             yield (
-                f"the source {name!r} has other held-out conversations, with which its scores "
+                f"the source {name!r} has other held-out {unit}, with which its scores "
                 "could not be compared; restore them"
             )
         elif old[name] != new[name]:
@@ -198,21 +205,6 @@ def _content(file: SftFile) -> dict[str, Any]:
     }
 
 
-def _settings(plan: SftPlan) -> dict[str, Any]:
-    """What decides how conversations are read, under the names of the configuration."""
-    shares = plan.shares
-    return {
-        "seed": plan.seed,
-        "data.seq_length": plan.reading.seq_length,
-        "data.packing": plan.packing,
-        "data.mix": None if shares is None else {n: str(s) for n, s in sorted(shares.items())},
-        "data.epochs_of": plan.epochs_of,
-        "chat.truncation": plan.reading.truncation,
-        "chat.train_on_prompt": plan.reading.train_on_prompt,
-        "chat.last_turn_only": plan.reading.last_turn_only,
-    }
-
-
 def _by_source(
     sources: Sequence[SftSource], tallies: Sequence[Tally]
 ) -> Iterator[tuple[SftSource, list[Tally]]]:
@@ -223,26 +215,34 @@ def _by_source(
         begin += len(source.all_files)
 
 
-def _of_source(source: SftSource, drawn: Sequence[Tally], plan: SftPlan) -> dict[str, Any]:
+def _of_source(source: SftSource, drawn: Sequence[Tally], plan: PackedPlan) -> dict[str, Any]:
     read = sum(drawn, Tally())
     share = None if plan.shares is None else float(plan.shares.get(source.name, 0))
     files = [
-        {**_of_file(file), **_amount(tally), "epochs": _epochs(tally, file.training)}
+        {
+            **_of_file(file, plan.unit),
+            **_amount(tally, plan.unit),
+            "epochs": _epochs(tally, file.training),
+        }
         for file, tally in zip(source.files, drawn, strict=True)
     ]
     return {
         "name": source.name,
         **({} if share is None else {"share": share}),
-        **_amount(read),
+        **_amount(read, plan.unit),
         "epochs": _epochs(read, source.training),
-        "training": _amount(source.training),
-        "held_out": _amount(source.held_out),
+        "training": _amount(source.training, plan.unit),
+        "held_out": _amount(source.held_out, plan.unit),
         "files": files,
-        **({} if source.validation is None else {"validation": _of_file(source.validation)}),
+        **(
+            {}
+            if source.validation is None
+            else {"validation": _of_file(source.validation, plan.unit)}
+        ),
     }
 
 
-def _of_file(file: SftFile) -> dict[str, Any]:
+def _of_file(file: SftFile, unit: str) -> dict[str, Any]:
     return {
         "path": file.path,
         "content": file.folder.name,
@@ -250,15 +250,15 @@ def _of_file(file: SftFile) -> dict[str, Any]:
         "truncated": file.truncated,
         "left_out_too_long": file.too_long,
         "left_out_nothing_counted": file.nothing_counted,
-        "training": _amount(file.training),
-        "held_out": _amount(file.held_out),
+        "training": _amount(file.training, unit),
+        "held_out": _amount(file.held_out, unit),
         "held_out_questions_trained_on": file.known_questions,
     }
 
 
-def _amount(tally: Tally) -> dict[str, int]:
+def _amount(tally: Tally, unit: str) -> dict[str, int]:
     return {
-        "conversations": tally.conversations,
+        unit: tally.conversations,
         "tokens": tally.tokens,
         "counted_tokens": tally.counted,
     }
@@ -268,7 +268,7 @@ def _epochs(read: Tally, epoch: Tally) -> float:
     return read.tokens / max(1, epoch.tokens)
 
 
-def _left_out(source: SftSource, plan: SftPlan) -> Iterator[str]:
+def _left_out(source: SftSource, plan: PackedPlan) -> Iterator[str]:
     """Say what is read of a source in part or not at all."""
     for file in source.all_files:
         what = []
@@ -281,12 +281,12 @@ def _left_out(source: SftSource, plan: SftPlan) -> Iterator[str]:
         if what:
             much = file.too_long + file.nothing_counted > _MUCH * file.records
             yield (
-                f"{'warning: ' if much else ''}{file.path}: of {file.records:,} conversations "
+                f"{'warning: ' if much else ''}{file.path}: of {file.records:,} {plan.unit} "
                 f"{', '.join(what)}"
             )
         if file.known_questions:
             yield (
                 f"warning: {file.path}: {file.known_questions:,} of "
-                f"{file.held_out.conversations:,} held-out conversations ask what is also trained "
+                f"{file.held_out.conversations:,} held-out {plan.unit} ask what is also trained "
                 "on: their loss says little about new questions"
             )

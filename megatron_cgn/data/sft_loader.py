@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_cgn.batch import TokenBatch
-from megatron_cgn.data.loader import SequentialLoader, ValidationLoader
+from megatron_cgn.data.loader import OnceLoader, StepLoader
 
 ROW_MULTIPLE = 8
 """Rows are padded to a multiple of this: matrix multiplications are slow at odd sizes."""
@@ -37,8 +37,8 @@ class ConversationRow:
     """Place among the run's sources of each conversation's."""
 
 
-class SftLoader(SequentialLoader):
-    """Training rows of one data-parallel rank: as `SequentialLoader`, row by row.
+class SftLoader(StepLoader[TokenBatch]):
+    """Training rows of one data-parallel rank: as `StepLoader`, row by row.
 
     The last step is filled with blank sequences, which count nothing.
     """
@@ -89,7 +89,7 @@ class SftLoader(SequentialLoader):
         )
 
 
-class SftValidationLoader(ValidationLoader):
+class SftValidationLoader(OnceLoader[TokenBatch]):
     """Rows of one data-parallel rank that together hold every held-out conversation once."""
 
     def __init__(
@@ -121,6 +121,7 @@ class SftValidationLoader(ValidationLoader):
             micro_batch_size=micro_batch_size,
             dp_rank=dp_rank,
             dp_size=dp_size,
+            make_blank=blank,
             max_sequences=max_sequences,
             num_workers=num_workers,
             make_batch=functools.partial(
@@ -129,18 +130,6 @@ class SftValidationLoader(ValidationLoader):
                 length=micro_batch_size * seq_length if pad_to_full else None,
             ),
         )
-        self._dataset = _BlankBehind(dataset, self.num_sequences)
-
-
-class _BlankBehind(Dataset[ConversationRow]):
-    """A dataset that goes on with blank sequences after ``length``."""
-
-    def __init__(self, dataset: Dataset[ConversationRow], length: int) -> None:
-        self._dataset = dataset
-        self._length = length
-
-    def __getitem__(self, index: int) -> ConversationRow:
-        return self._dataset[index] if index < self._length else blank()
 
 
 def blank() -> ConversationRow:

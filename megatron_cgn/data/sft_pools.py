@@ -9,12 +9,12 @@ import numpy.typing as npt
 
 from megatron_cgn.config.data_rules import DOMAIN
 from megatron_cgn.config.schema import RunConfig
+from megatron_cgn.data.sft_files import AnyFile
 from megatron_cgn.data.sft_order import ConversationPool
-from megatron_cgn.data.sft_sources import OpenedFile
 from megatron_cgn.data.sources import exact, mixes_of
 from megatron_cgn.errors import DataError
 
-type _Members = list[tuple[OpenedFile, int]]
+type _Members = list[tuple[AnyFile, int]]
 """Files, and the number of each one's first conversation."""
 
 
@@ -34,7 +34,7 @@ def epochs_of(run: RunConfig) -> str | None:
 
 
 def make_pools(
-    run: RunConfig, files: Sequence[OpenedFile], bases: Sequence[int]
+    run: RunConfig, files: Sequence[AnyFile], bases: Sequence[int]
 ) -> tuple[tuple[ConversationPool, ...], float]:
     """Put what is trained on into pools.
 
@@ -73,7 +73,7 @@ def make_pools(
 
 
 def held_out_of(
-    files: Sequence[OpenedFile], bases: Sequence[int], source: int
+    files: Sequence[AnyFile], bases: Sequence[int], source: int
 ) -> tuple[npt.NDArray[np.int64], str]:
     """Numbers of a source's held-out conversations, and what stands for their content."""
     mine = [(f, base) for f, base in zip(files, bases, strict=False) if f.source == source]
@@ -117,14 +117,13 @@ def _pool(members: _Members, share: Fraction) -> ConversationPool:
     )
 
 
-def _identity(parts: Iterable[tuple[OpenedFile, npt.NDArray[np.int64]]]) -> str:
+def _identity(parts: Iterable[tuple[AnyFile, npt.NDArray[np.int64]]]) -> str:
     """Hash of which conversations, and of how much of each is read."""
     digest = hashlib.blake2b(digest_size=12)
     for file, numbers in parts:
         digest.update(f"{file.store.key}/{len(numbers)}/".encode())
         digest.update(numbers.astype("<i8").tobytes())
-        digest.update(file.selection.begin[numbers].astype("<i4").tobytes())
-        digest.update(file.selection.stop[numbers].astype("<i4").tobytes())
+        digest.update(file.selection.spans(numbers))
     return digest.hexdigest()
 
 
@@ -140,7 +139,7 @@ def _nothing_left(name: str, members: _Members) -> str:
     held = sum(file.held_out.conversations for file in files)
     return (
         f"data.sources[{name}]: nothing is left to train on of "
-        f"{sum(file.records for file in files):,} conversations in "
+        f"{sum(file.records for file in files):,} {members[0][0].store.unit} in "
         f"{', '.join(file.path for file in files)}: {long:,} are longer than data.seq_length, "
         f"{uncounted:,} have no token that counts within it, {held:,} are held out. Raise "
         "data.seq_length, change chat.truncation, or lower data.validation_fraction."

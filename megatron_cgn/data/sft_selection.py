@@ -5,6 +5,9 @@ i + 1, and the last predicts nothing. Nor does what follows the last token that 
 feed behind ChatML's end of turn, or a closing question): it would change no loss and is never
 read. So what a conversation *takes* of ``data.seq_length`` is the tokens in front of its last
 counted one, as a sequence of pre-training has ``seq_length`` labels.
+
+Where a conversation is read *whole*, as for a reward, all of its n tokens are read: n places, of
+which the last predicts nothing.
 """
 
 from dataclasses import dataclass
@@ -56,6 +59,8 @@ class Reading:
     """Whether every token counts."""
     last_turn_only: bool
     """Whether of the assistant's turns only the last counts."""
+    whole: bool = False
+    """Whether the last token is read too, though it predicts nothing."""
 
     @classmethod
     def of(cls, run: RunConfig) -> "Reading":
@@ -91,6 +96,11 @@ class Selection:
         """Which conversations are read, bool ``[N]``."""
         return self.state <= TRUNCATED
 
+    def spans(self, which: npt.NDArray[np.integer[Any]]) -> bytes:
+        """Stands for what is read of some conversations."""
+        parts = (self.begin[which], self.stop[which])
+        return b"".join(part.astype("<i4").tobytes() for part in parts)
+
     def tally(self, which: npt.NDArray[np.integer[Any]]) -> Tally:
         """Count some conversations, as often as each is given."""
         places = self.stop[which] - self.begin[which] - np.int32(1)
@@ -101,18 +111,23 @@ class Selection:
         )
 
 
-def select(store: SftStore, reading: Reading) -> Selection:
+def select(
+    store: SftStore, reading: Reading, *, limits: npt.NDArray[np.int64] | None = None
+) -> Selection:
     """Decide what is read of every conversation of a store.
 
     Args:
         store: The conversations.
         reading: How they are read.
+        limits: Most places of each, int64 ``[N]``, instead of ``reading.seq_length`` for all.
 
     Returns:
         The selection: 13 bytes a conversation.
     """
+    if limits is None:
+        limits = np.full(len(store), reading.seq_length, dtype=np.int64)
     parts = [
-        _select(store, slice(first, first + _CHUNK), reading)
+        _select(store, slice(first, first + _CHUNK), reading, limits[first : first + _CHUNK])
         for first in range(0, len(store), _CHUNK)
     ]
     begin, stop, counted, state = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -141,6 +156,8 @@ def counted_labels(
         first = last - 1 if reading.last_turn_only else int(row["turn"])
         for start, end in store.turns[first:last].tolist():
             counted[max(0, start - begin - 1) : max(0, end - begin - 1)] = True
+    if reading.whole:
+        counted[-1:] = False  # nothing is read behind it
     return counted
 
 
@@ -149,21 +166,27 @@ type _Part = tuple[
 ]
 
 
-def _select(store: SftStore, part: slice, reading: Reading) -> _Part:
+def _select(store: SftStore, part: slice, reading: Reading, limits: npt.NDArray[np.int64]) -> _Part:
     rows = store.rows[part]
     owners, starts, ends = _spans(store, rows, reading)
     whole = _last(owners, ends, size=len(rows))
-    longest = reading.seq_length + 1
+    if reading.whole:
+        whole = rows["tokens"].astype(np.int64) + 1
+    longest = limits + 1
     long = whole > longest
     begin = np.zeros(len(rows), dtype=np.int64)
     stop = whole.copy()
-    if reading.truncation == "keep_start":
-        reached = starts < longest
-        stop = _last(owners[reached], np.minimum(ends, longest)[reached], size=len(rows))
+    if reading.truncation == "keep_start" and reading.whole:
+        stop = np.minimum(whole, longest)
+    elif reading.truncation == "keep_start":
+        most = longest[owners]
+        reached = starts < most
+        stop = _last(owners[reached], np.minimum(ends, most)[reached], size=len(rows))
     elif reading.truncation == "keep_end":
-        begin[long] = whole[long] - longest
+        begin[long] = whole[long] - longest[long]
     # The first token that is read has no place in front of it, so it is nobody's label.
-    inside = np.minimum(ends, stop[owners]) - np.maximum(starts, begin[owners] + 1)
+    last = stop[owners] - int(reading.whole)
+    inside = np.minimum(ends, last) - np.maximum(starts, begin[owners] + 1)
     counted = np.bincount(owners, np.maximum(inside, 0), minlength=len(rows)).astype(np.int32)
     state = np.full(len(rows), KEPT, dtype=np.int8)
     if reading.truncation in ("keep_start", "keep_end"):

@@ -1,8 +1,8 @@
 """Sequences of stored conversations: what each holds, as tokens, as ids of records, and counted."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,39 @@ class ReadFile:
     """What is read of them."""
     source: int
     """Place of its source."""
+
+
+class Numbered[R](Protocol):
+    """What is read, numbered through over all files: conversations, or records of preferences."""
+
+    bases: npt.NDArray[np.int64]
+    """Number of each file's first, and the end."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """What each takes of a row, int32 ``[N]``."""
+        ...
+
+    @property
+    def numbering(self) -> str:
+        """Stands for how they are numbered."""
+        ...
+
+    def row(self, numbers: Sequence[int]) -> R:
+        """Read some, end to end."""
+        ...
+
+    def record_id(self, number: int) -> str:
+        """The id of a record."""
+        ...
+
+    def beginning(self, number: int) -> Beginning:
+        """What is asked, and how it is answered first."""
+        ...
+
+    def tally(self, numbers: npt.NDArray[np.integer[Any]]) -> tuple[Tally, ...]:
+        """Count file by file, as often as each is given."""
+        ...
 
 
 class Conversations:
@@ -85,41 +118,75 @@ class Conversations:
 
     def tally(self, numbers: npt.NDArray[np.integer[Any]]) -> tuple[Tally, ...]:
         """Count conversations file by file, as often as each is given."""
-        totals = [Tally() for _ in self._files]
-        for begin in range(0, len(numbers), _COUNTED_AT_ONCE):
-            part = numbers[begin : begin + _COUNTED_AT_ONCE]
-            owners = np.searchsorted(self.bases, part, side="right") - 1
-            for place, file in enumerate(self._files):
-                mine = part[owners == place] - self.bases[place]
-                totals[place] += file.selection.tally(mine)
-        return tuple(totals)
+        return count_by_file(numbers, self.bases, [f.selection.tally for f in self._files])
 
     def _place(self, number: int) -> tuple[ReadFile, int]:
-        place = int(np.searchsorted(self.bases, number, side="right")) - 1
-        return self._files[place], number - int(self.bases[place])
+        place, inside = place_of(number, self.bases)
+        return self._files[place], inside
 
     def _read(
         self, file: ReadFile, number: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], int]:
         begin, stop = int(file.selection.begin[number]), int(file.selection.stop[number])
         first = int(file.store.rows[number]["token"])
-        tokens = file.store.tokens[first + begin : first + stop].astype(np.int64)
+        end = min(stop, int(file.store.rows[number]["tokens"]))
+        tokens = np.zeros(stop - begin, dtype=np.int64)  # 0 where nothing is left to predict
+        tokens[: end - begin] = file.store.tokens[first + begin : first + end]
         counted = counted_labels(file.store, number, self._reading, begin=begin, stop=stop)
         return tokens, counted, file.source
 
 
-class ConversationSequences(Dataset[ConversationRow]):
+def count_by_file(
+    numbers: npt.NDArray[np.integer[Any]],
+    bases: npt.NDArray[np.int64],
+    tallies: Sequence[Callable[[npt.NDArray[np.integer[Any]]], Tally]],
+) -> tuple[Tally, ...]:
+    """Count what numbers stand for, file by file.
+
+    Args:
+        numbers: Of conversations or records, each as often as it counts.
+        bases: Number of each file's first, and the end.
+        tallies: Count some of a file.
+
+    Returns:
+        A tally a file.
+    """
+    totals = [Tally() for _ in tallies]
+    for begin in range(0, len(numbers), _COUNTED_AT_ONCE):
+        part = numbers[begin : begin + _COUNTED_AT_ONCE]
+        owners = np.searchsorted(bases, part, side="right") - 1
+        for place, tally in enumerate(tallies):
+            totals[place] += tally(part[owners == place] - bases[place])
+    return tuple(totals)
+
+
+def place_of(number: int, bases: npt.NDArray[np.int64]) -> tuple[int, int]:
+    """The file of a number, and its number in the file."""
+    place = int(np.searchsorted(bases, number, side="right")) - 1
+    return place, number - int(bases[place])
+
+
+class PackedSequences[R](Dataset[R]):
     """Sequences in order; blank ones fill the last step. Maps files, so it may cross a fork."""
 
-    def __init__(self, conversations: Conversations, packs: PackList, *, multiple_of: int) -> None:
+    def __init__(
+        self,
+        conversations: Numbered[R],
+        packs: PackList,
+        *,
+        multiple_of: int,
+        blank: Callable[[], R],
+    ) -> None:
         """Put conversations and their order together.
 
         Args:
-            conversations: Of all files.
+            conversations: Of all files; or records of preferences.
             packs: Which of them each sequence holds.
             multiple_of: The number of sequences is filled up to a multiple of this.
+            blank: Makes a sequence without any.
         """
         self._conversations = conversations
+        self.blank = blank
         self._packs = packs
         self._length = -(-len(packs) // multiple_of) * multiple_of
 
@@ -127,12 +194,12 @@ class ConversationSequences(Dataset[ConversationRow]):
         """Number of sequences, blank ones at the end included."""
         return self._length
 
-    def __getitem__(self, index: int) -> ConversationRow:
+    def __getitem__(self, index: int) -> R:
         """Sequence ``index``."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         if index >= len(self._packs):
-            return blank()
+            return self.blank()
         return self._conversations.row(self._packs[index])
 
     def record_ids(self, sequence: int) -> list[str]:
@@ -145,7 +212,20 @@ class ConversationSequences(Dataset[ConversationRow]):
         """Count what consecutive sequences hold of each file."""
         return self._conversations.tally(self._packs.between(start, stop))
 
+    def numbers(self, start: int, stop: int) -> npt.NDArray[np.integer[Any]]:
+        """Numbers of what consecutive sequences hold; blank ones hold nothing."""
+        first, last = (min(place, len(self._packs)) for place in (start, stop))
+        return self._packs.between(first, last)
+
     def beginnings(self) -> Iterator[Beginning]:
         """What each conversation asks and how it is answered first, in this order."""
         for sequence in range(len(self._packs)):
             yield from map(self._conversations.beginning, self._packs[sequence])
+
+
+class ConversationSequences(PackedSequences[ConversationRow]):
+    """Sequences of conversations."""
+
+    def __init__(self, conversations: Conversations, packs: PackList, *, multiple_of: int) -> None:
+        """Put conversations and their order together: see `PackedSequences`."""
+        super().__init__(conversations, packs, multiple_of=multiple_of, blank=blank)

@@ -7,57 +7,18 @@ question are on the same side, in whichever source they are.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_cgn.config.data_rules import data_faults
 from megatron_cgn.config.schema import DataConfig, FileConfig, SourceConfig
-from megatron_cgn.data.sft_selection import (
-    NOTHING_COUNTED,
-    TOO_LONG,
-    TRUNCATED,
-    Reading,
-    Selection,
-    Tally,
-    select,
-)
-from megatron_cgn.data.sft_store import SftStore, open_store
+from megatron_cgn.data.sft_files import AnyFile, OpenedFile, Selected, SftFile, Store
+from megatron_cgn.data.sft_selection import TOO_LONG, Reading, Tally
 from megatron_cgn.data.sources import exact
 from megatron_cgn.errors import ConfigError, DataError
 
 _SHOWN = 10
-
-type Numbers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SftFile:
-    """A file of conversations."""
-
-    path: str
-    """Where it was."""
-    folder: Path
-    """Its conversations, encoded."""
-    weight: Fraction | None
-    """Share of the source's tokens, relative to its other files; None: by their tokens."""
-    records: int
-    """Conversations that it holds."""
-    truncated: int
-    """Of these, read in part."""
-    too_long: int
-    """Left out, being longer than ``data.seq_length``."""
-    nothing_counted: int
-    """Left out, since nothing that is read of them would count."""
-    training: Tally
-    """What is trained on, once."""
-    held_out: Tally
-    """What is not."""
-    known_questions: int = 0
-    """Conversations held out whose question is also trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,74 +48,20 @@ class SftSource:
         return self.files if self.validation is None else (*self.files, self.validation)
 
 
-@dataclass(slots=True, kw_only=True)
-class OpenedFile:
-    """A file while it is divided."""
-
-    source: int
-    """Place of its source."""
-    config: FileConfig
-    """Its path and weight."""
-    store: SftStore
-    """Its conversations."""
-    selection: Selection
-    """What is read of them."""
-    is_validation: bool
-    """Whether it is held out whole."""
-    held: npt.NDArray[np.bool_] = field(init=False)
-    """Which are held out, bool ``[N]``."""
-
-    def __post_init__(self) -> None:
-        """All or none are held out at first."""
-        self.held = np.full(len(self.store), self.is_validation)
-
-    @property
-    def training(self) -> Numbers:
-        """Conversations that are trained on."""
-        return np.flatnonzero(self.selection.read & ~self.held)
-
-    @property
-    def held_out(self) -> Numbers:
-        """Conversations that are held out."""
-        return np.flatnonzero(self.selection.read & self.held)
-
-    @property
-    def questions(self) -> npt.NDArray[np.uint64]:
-        """Hashes of the questions, uint64 ``[N]``."""
-        found: npt.NDArray[np.uint64] = self.store.rows["question"]
-        return found
-
-    def describe(self, known_questions: int) -> SftFile:
-        """What is known of it once it is divided."""
-        states = np.bincount(self.selection.state, minlength=NOTHING_COUNTED + 1)
-        return SftFile(
-            path=self.config.path,
-            folder=self.store.folder,
-            weight=None if self.config.weight is None else exact(self.config.weight),
-            records=len(self.store),
-            truncated=int(states[TRUNCATED]),
-            too_long=int(states[TOO_LONG]),
-            nothing_counted=int(states[NOTHING_COUNTED]),
-            training=self.selection.tally(self.training),
-            held_out=self.selection.tally(self.held_out),
-            known_questions=known_questions,
-        )
-
-
 def files_of(source: SourceConfig) -> tuple[FileConfig, ...]:
     """The files of a source that are not held out whole."""
     return source.files or (FileConfig(path=source.path or ""),)
 
 
-def open_files(
-    data: DataConfig, reading: Reading, build: Callable[[str], Path]
-) -> list[OpenedFile]:
+def open_files[S: Store, C: Selected](
+    data: DataConfig, reading: Reading, open_file: Callable[[str], tuple[S, C]]
+) -> list[OpenedFile[S, C]]:
     """Encode, open and divide the files of all sources.
 
     Args:
         data: The settings.
         reading: How conversations are read.
-        build: Encodes a file and returns the folder of its store.
+        open_file: Encodes a file, and returns what it holds and what is read of it.
 
     Returns:
         The files, source by source, each one's ``validation_path`` last.
@@ -175,13 +82,13 @@ def open_files(
         if source.validation_path is not None:
             configs.append((FileConfig(path=source.validation_path), True))
         for config, is_validation in configs:
-            store = open_store(build(config.path))
+            store, selection = open_file(config.path)
             files.append(
                 OpenedFile(
                     source=place,
                     config=config,
                     store=store,
-                    selection=select(store, reading),
+                    selection=selection,
                     is_validation=is_validation,
                 )
             )
@@ -192,7 +99,7 @@ def open_files(
     return files
 
 
-def sources_of(data: DataConfig, files: Sequence[OpenedFile]) -> tuple[SftSource, ...]:
+def sources_of(data: DataConfig, files: Sequence[AnyFile]) -> tuple[SftSource, ...]:
     """Describe the sources once they are divided.
 
     Args:
@@ -222,7 +129,7 @@ def sources_of(data: DataConfig, files: Sequence[OpenedFile]) -> tuple[SftSource
     return tuple(result)
 
 
-def _refuse_copies(files: Sequence[OpenedFile]) -> None:
+def _refuse_copies(files: Sequence[AnyFile]) -> None:
     seen: dict[str, str] = {}
     faults = []
     for file in files:
@@ -236,7 +143,7 @@ def _refuse_copies(files: Sequence[OpenedFile]) -> None:
         raise DataError("\n".join(faults))
 
 
-def _refuse_long(files: Sequence[OpenedFile], reading: Reading) -> None:
+def _refuse_long(files: Sequence[AnyFile], reading: Reading) -> None:
     total = sum(int((file.selection.state == TOO_LONG).sum()) for file in files)
     if not total:
         return
@@ -244,8 +151,8 @@ def _refuse_long(files: Sequence[OpenedFile], reading: Reading) -> None:
     raise DataError(
         "\n".join(
             [
-                f"chat.truncation=error: {total:,} conversations take more than data.seq_length="
-                f"{reading.seq_length:,} tokens:",
+                f"chat.truncation=error: {total:,} {files[0].store.unit} take more than "
+                f"data.seq_length={reading.seq_length:,} tokens:",
                 *(f"  {line}" for line in first),
                 "Raise data.seq_length, shorten them, or choose drop, keep_start or keep_end.",
             ]
@@ -253,13 +160,13 @@ def _refuse_long(files: Sequence[OpenedFile], reading: Reading) -> None:
     )
 
 
-def _long(file: OpenedFile) -> Iterator[str]:
+def _long(file: AnyFile) -> Iterator[str]:
     for number in np.flatnonzero(file.selection.state == TOO_LONG)[:_SHOWN].tolist():
         places = int(file.selection.places[number])
         yield f"{file.config.path}:{file.store.rows[number]['line']}: {places:,} tokens"
 
 
-def _hold_out(files: Sequence[OpenedFile], data: DataConfig) -> None:
+def _hold_out(files: Sequence[AnyFile], data: DataConfig) -> None:
     """Divide the sources without a file of their own to validate on."""
     own = {file.source for file in files if file.is_validation}
     divided = [file for file in files if file.source not in own]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sft_samples import World, random_records, record, write_records
 
-from megatron_cgn.data.conversations import Conversation
-from megatron_cgn.data.sft_store import Report, SftStore, build_store, open_store, question_hash
+from megatron_cgn.data.sft_store import SftStore, build_store, open_store, question_hash
+from megatron_cgn.data.store_folder import Report
 from megatron_cgn.errors import DataError
 from tokenizer.chat import Message
 
@@ -156,20 +156,20 @@ def test_a_damaged_store_is_refused(world: World, tmp_path: Path, damage: str) -
         open_store(folder)
 
 
-def conversation(*messages: tuple[str, str]) -> Conversation:
-    return Conversation("x", tuple(Message(*m) for m in messages), "file", 1, "messages")
+def said(*messages: tuple[str, str]) -> list[Message]:
+    return [Message(*m) for m in messages]
 
 
 def test_equal_questions_have_one_hash() -> None:
-    asked = question_hash(conversation(("user", "What is  steam?"), ("assistant", "Hot.")))
+    asked = question_hash(said(("user", "What is  steam?"), ("assistant", "Hot.")))
     same = (
-        conversation(("system", "Be kind."), ("user", "What is steam?"), ("assistant", "Gas.")),
-        conversation(("user", "What is\nsteam? "), ("assistant", "H2O"), ("user", "Why?")),
+        said(("system", "Be kind."), ("user", "What is steam?"), ("assistant", "Gas.")),
+        said(("user", "What is\nsteam? "), ("assistant", "H2O"), ("user", "Why?")),
     )
     assert {question_hash(c) for c in same} == {asked}
     other = (
-        conversation(("user", "What is water?"), ("assistant", "Hot.")),
-        conversation(("user", "What is"), ("user", "steam?"), ("assistant", "Hot.")),
-        conversation(("system", "What is steam?"), ("assistant", "Hot.")),
+        said(("user", "What is water?"), ("assistant", "Hot.")),
+        said(("user", "What is"), ("user", "steam?"), ("assistant", "Hot.")),
+        said(("system", "What is steam?"), ("assistant", "Hot.")),
     )
     assert len({asked, *(question_hash(c) for c in other)}) == 4
