@@ -1,11 +1,14 @@
-"""Rules of conversations: what instruction tuning reads, which tokens count, what is answered."""
+"""Rules of conversations: how they are read, which tokens count, what is answered.
+
+Instruction tuning reads them, and preference learning, whose answers are conversations too.
+"""
 
 import dataclasses
 from collections.abc import Iterator
 
 from megatron_cgn.config.schema import ChatConfig, DataConfig, RunConfig, SamplesConfig
 
-CONVERSATION_STAGES = ("sft",)
+CONVERSATION_STAGES = ("sft", "dpo", "rm")
 """Stages that read conversations; in every other one their settings have no effect."""
 CONVERSATION_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
 """How names of files with conversations end."""
@@ -25,7 +28,8 @@ def conversation_faults(run: RunConfig) -> Iterator[str]:
         return
     yield from _data(run.data)
     yield from _chat(run.chat)
-    yield from _samples(run.samples, can_answer=_can_answer(run))
+    if run.stage != "rm":  # whose model writes nothing: `preference_rules` tells of it
+        yield from _samples(run.samples, can_answer=_can_answer(run))
     cp = run.parallel.context_parallel_size
     if run.model.backend == "te" and cp > 1:
         yield (
@@ -46,7 +50,8 @@ def conversation_model_faults(run: RunConfig, *, max_positions: int) -> Iterator
         A message a fault.
     """
     longest = run.samples.max_new_tokens
-    if run.stage in CONVERSATION_STAGES and _can_answer(run) and longest >= max_positions:
+    answers = run.stage in CONVERSATION_STAGES and run.stage != "rm" and _can_answer(run)
+    if answers and longest >= max_positions:
         yield (
             f"samples.max_new_tokens: {longest} leaves no room for a prompt in the model's "
             f"max_position_embeddings={max_positions}; use less."

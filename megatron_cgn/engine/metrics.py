@@ -22,7 +22,18 @@ from megatron_cgn.engine.plot import plot_losses
 
 SAMPLES_FILE = "samples.jsonl"
 _MIB = 1024 * 1024
-_ACCURACY = "token_accuracy"
+_COMPARED = {
+    "bits_per_byte": "bits per byte",
+    "token_accuracy": "token accuracy",
+    "rewards/accuracies": "accuracy",
+    "accuracy": "accuracy",
+}
+"""Held-out scores that tell more than a loss, by what the closing table calls them."""
+_SHARES = ("token_accuracy", "rewards/accuracies", "accuracy")
+_MARGINS = ("rewards/margins", "margin")
+_ON_THE_LINE = {"rewards/accuracies": "accuracy", "accuracy": "accuracy"}
+_ON_THE_LINE |= dict.fromkeys(_MARGINS, "margin")
+"""What the line of a step says beside the loss, where answers are compared."""
 _SHOWN_CHARACTERS = 300
 """Of an answer, in the closing lines; `SAMPLES_FILE` has all of it."""
 
@@ -104,7 +115,12 @@ class Monitor:
     def on_validation(self, step: int, metrics: dict[str, float]) -> None:
         """Record held-out scores."""
         self._write({"step": step, **metrics})
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        # All of them are in the record; here are those that the closing table compares.
+        shown = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if name.endswith(tuple(f"/{shown}" for shown in ("loss", *_COMPARED, *_MARGINS)))
+        )
         self._say(f"step {step:>6}  {shown}")
         self._leave_out_time()
 
@@ -139,8 +155,13 @@ class Monitor:
     def _line(self, record: dict[str, Any]) -> str:
         left = (self._total_steps - record["step"]) * self._seconds / self._counted_steps
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3f}"
+        compared = "".join(
+            f"{label} {record[name]:.3f}  "
+            for name, label in _ON_THE_LINE.items()
+            if name in record
+        )
         return (
-            f"step {record['step']:>6}/{self._total_steps}  loss {record['loss']:.4f}  "
+            f"step {record['step']:>6}/{self._total_steps}  loss {record['loss']:.4f}  {compared}"
             f"lr {record['lr']:.2e}  grad norm {norm}  {record['tokens_per_s']:,.0f} tokens/s  "
             f"memory {peak_memory_mib():,.0f} MiB  ETA {_clock(left)}"
         )
@@ -193,31 +214,47 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
         records: From `read_records`.
 
     Returns:
-        A Markdown table with a row a source: its loss, and bits per byte or token accuracy; empty
-        if nothing was validated.
+        A Markdown table with a row a source: its loss; bits per byte, or an accuracy; and the
+        margin of rewards where answers are compared. Empty if nothing was validated.
     """
     scored = [r for r in records if any(n.startswith("val/") for n in r)]
     if not scored:
         return ""
     last = scored[-1]
-    metric = "bits_per_byte" if any(n.endswith("/bits_per_byte") for n in last) else _ACCURACY
-    rows = [
-        f"| source | loss before | after | {metric.replace('_', ' ')} before | after | change |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in (n for n in last if n.endswith(f"/{metric}")):
-        source = name.split("/")[1]
-        loss = f"val/{source}/loss"
-        first = next(record for record in scored if name in record)
-        # A score that was no number is null in the file.
-        cells = [math.nan if r[n] is None else r[n] for n in (loss, name) for r in (first, last)]
-        change = (
-            f"{100 * (cells[3] - cells[2]):+.1f} points"
-            if metric == _ACCURACY
-            else f"{100 * (cells[3] / cells[2] - 1):+.1f} %"
-        )
-        rows.append(f"| {source} | " + " | ".join(f"{c:.4f}" for c in cells) + f" | {change} |")
+    found = {n.partition("/")[2].partition("/")[2] for n in last if n.startswith("val/")}
+    metric = next((name for name in _COMPARED if name in found), None)
+    margin = next((name for name in _MARGINS if name in found), None)
+    columns = ["source", "loss before", "after"]
+    columns += [] if metric is None else [f"{_COMPARED[metric]} before", "after", "change"]
+    columns += [] if margin is None else ["margin before", "after"]
+    rows = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+    for source in (n[4:-5] for n in last if n.startswith("val/") and n.endswith("/loss")):
+        cells = [source, *_before_after(scored, f"val/{source}/loss")]
+        if metric is not None:
+            before, after = _first_and_last(scored, f"val/{source}/{metric}")
+            cells += [*_before_after(scored, f"val/{source}/{metric}")]
+            cells += [_change(before, after, is_share=metric in _SHARES)]
+        if margin is not None:
+            cells += _before_after(scored, f"val/{source}/{margin}")
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _change(before: float, after: float, *, is_share: bool) -> str:
+    if is_share:
+        return f"{100 * (after - before):+.1f} points"
+    return f"{100 * (after / before - 1):+.1f} %"
+
+
+def _before_after(scored: Sequence[dict[str, Any]], name: str) -> list[str]:
+    return [f"{value:.4f}" for value in _first_and_last(scored, name)]
+
+
+def _first_and_last(scored: Sequence[dict[str, Any]], name: str) -> tuple[float, float]:
+    """First and last value of a score; one that was no number is null in the file."""
+    values = [record[name] for record in scored if name in record] or [None]
+    first, last = (math.nan if v is None else float(v) for v in (values[0], values[-1]))
+    return first, last
 
 
 def before_after_samples(records: Sequence[dict[str, Any]]) -> Iterator[str]:

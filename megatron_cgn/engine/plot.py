@@ -7,11 +7,20 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+_REWARDS = (
+    ("rewards/chosen", "chosen", "C2"),
+    ("rewards/rejected", "rejected", "C3"),
+    ("rewards/margins", "margin", "black"),
+    ("margin", "margin", "black"),
+)
+_ACCURACIES = ("rewards/accuracies", "accuracy")
+
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw training loss and held-out scores over steps, source by source.
 
-    The scores are bits per byte, or losses where nobody counted bytes.
+    The scores are bits per byte, or losses where nobody counted bytes. Where answers are compared,
+    held-out losses are dots beside the training loss, and rewards and their accuracy follow.
 
     A name that no installed font can show is drawn as ``source N``, and the log says which it is.
 
@@ -25,34 +34,43 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     trained = _sources(records, "train/", "/loss")
+    compares = any(name in record for record in records for name, _, _ in _REWARDS)
     score, meaning = "bits_per_byte", "held-out bits per byte"
     if not (held_out := _sources(records, "val/", f"/{score}")):
         score, meaning = "loss", "held-out loss (nats per token)"
         held_out = _sources(records, "val/", f"/{score}")
-    names = list(dict.fromkeys((*trained, *held_out)))
-    labels, families = _labels(names)
-    colours = {name: f"C{place % 10}" for place, name in enumerate(names)}
-    width = 10 if held_out else 6
+    labels, families = _labels(list(dict.fromkeys((*trained, *held_out))))
+    styles = {
+        name: {"color": f"C{place % 10}", "label": label}
+        for place, (name, label) in enumerate(labels.items())
+    }
+    count = 3 if compares else 2 if held_out else 1
     with matplotlib.rc_context({"font.family": families}):
         figure, axes = pyplot.subplots(
-            1, 2 if held_out else 1, figsize=(width, 4), squeeze=False, layout="constrained"
+            1,
+            count,
+            figsize=(max(6, 5 * count), 4),
+            squeeze=False,
+            layout="constrained",
         )
         left, right = axes[0][0], axes[0][-1]
-        for name in trained:
-            points = _points(records, f"train/{name}/loss")
-            left.plot(*points, **_line(points), color=colours[name], label=labels[name], alpha=0.8)
-        points = _points(records, "loss")
-        left.plot(*points, **_line(points), color="black" if trained else "C0", label="all sources")
-        left.set(xlabel="step", ylabel="training loss (nats per token)")
-        for name in held_out:
-            points = _points(records, f"val/{name}/{score}")
-            right.plot(*points, marker="o", color=colours[name], label=labels[name])
-        if held_out:
-            right.set(xlabel="step", ylabel=meaning)
-        for axis, several in ((left, trained), (right, held_out)):
+        _draw_training(left, records, {name: styles[name] for name in trained})
+        if compares:
+            unseen = {n: styles[n] | {"label": "_" * (n in trained) + labels[n]} for n in held_out}
+            _draw_held_out(left, records, unseen, "loss")
+            left.set(ylabel="loss: training (lines), held out (dots)")
+            _draw_rewards(axes[0][1], records)
+            _draw_accuracy(right, records, {name: styles[name] for name in held_out})
+        else:
+            left.set(ylabel="training loss (nats per token)")
+            if held_out:
+                _draw_held_out(right, records, {name: styles[name] for name in held_out}, score)
+                right.set(ylabel=meaning)
+        for axis in axes[0]:
+            axis.set(xlabel="step")
             axis.grid(alpha=0.3)
-            if several:
-                _explain(axis, len(several))
+            if trained or axis is not left:
+                _explain(axis)
         partial = path.with_suffix(".partial.png")
         try:
             figure.savefig(partial, dpi=120)
@@ -60,6 +78,40 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
         finally:
             pyplot.close(figure)
             partial.unlink(missing_ok=True)
+
+
+def _draw_training(axis: Any, records: Sequence[dict[str, Any]], styles: dict[str, Any]) -> None:
+    for name, style in styles.items():
+        points = _points(records, f"train/{name}/loss")
+        axis.plot(*points, **_line(points), **style, alpha=0.8)
+    points = _points(records, "loss")
+    axis.plot(*points, **_line(points), color="black" if styles else "C0", label="all sources")
+
+
+def _draw_held_out(
+    axis: Any, records: Sequence[dict[str, Any]], styles: dict[str, Any], score: str
+) -> None:
+    for name, style in styles.items():
+        points = _points(records, f"val/{name}/{score}")
+        if points[0]:
+            axis.plot(*points, marker="o", **style)
+
+
+def _draw_rewards(axis: Any, records: Sequence[dict[str, Any]]) -> None:
+    for name, label, colour in _REWARDS:
+        points = _points(records, name)
+        if points[0]:
+            axis.plot(*points, **_line(points), color=colour, label=label)
+    axis.set(ylabel="rewards")
+
+
+def _draw_accuracy(axis: Any, records: Sequence[dict[str, Any]], styles: dict[str, Any]) -> None:
+    for metric in _ACCURACIES:
+        points = _points(records, metric)
+        if points[0]:
+            axis.plot(*points, **_line(points), color="0.6", label="training")
+        _draw_held_out(axis, records, styles, metric)
+    axis.set(ylabel="share of pairs the right way round", ylim=(-0.02, 1.02))
 
 
 def _sources(records: Sequence[dict[str, Any]], prefix: str, suffix: str) -> list[str]:
@@ -83,9 +135,12 @@ def _line(points: tuple[list[int], list[Any]]) -> dict[str, Any]:
     return {"linewidth": 1, "marker": "." if len(points[0]) <= 20 else None}
 
 
-def _explain(axis: Any, count: int) -> None:
+def _explain(axis: Any) -> None:
     """Add a legend; names are no mathematics, whatever dollar signs they hold."""
-    legend = axis.legend(fontsize="small", ncols=1 + count // 8)
+    lines = axis.get_legend_handles_labels()[0]
+    if not lines:
+        return
+    legend = axis.legend(fontsize="small", ncols=1 + len(lines) // 8)
     for text in legend.get_texts():
         text.set_parse_math(False)
 

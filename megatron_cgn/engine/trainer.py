@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from pathlib import Path
 from types import FrameType
@@ -54,6 +54,7 @@ class Trainer[B]:
         hf_files: Callable[[Path], None],
         validate: Callable[[], dict[str, float]],
         answer: Callable[[], Sequence[SampleAnswer]] | None = None,
+        derive: Callable[[dict[str, float]], dict[str, float]] | None = None,
     ) -> None:
         """Put a run together.
 
@@ -66,6 +67,7 @@ class Trainer[B]:
             hf_files: Writes configuration and tokenizer into a checkpoint.
             validate: Scores held-out data; collective. Returns metrics by name.
             answer: Answers fixed prompts at every validation; collective. None: there are none.
+            derive: Adds figures that are made of a step's means, once these are known. None: none.
         """
         self._engine = engine
         self._objective = objective
@@ -75,6 +77,7 @@ class Trainer[B]:
         self._hf_files = hf_files
         self._validate = validate
         self._answer = answer
+        self._derive = derive
         self._callbacks: Sequence[Callback] = ()
         self._stop_signal: int | None = None
         self._problem: str | None = None
@@ -138,6 +141,8 @@ class Trainer[B]:
             last = engine.step + 1 == schedule.total_steps
             logged = last or _due(engine.step + 1, schedule.log_interval)
             report = engine.train_step(next(steps), self._objective, reduce_metrics=logged)
+            if self._derive is not None and report.metrics:
+                report = replace(report, metrics=self._derive(report.metrics))
             engine.consumed_sequences += engine.run.train.global_batch_size
             self._tell(methodcaller("on_step", report))
             if last or _due(engine.step, schedule.validation_interval):

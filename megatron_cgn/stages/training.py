@@ -5,7 +5,7 @@ A stage brings a `Course`: an objective, batches, what it validates and what it 
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from megatron_cgn.config.data_rules import DOMAIN
 from megatron_cgn.data.account import write_account
-from megatron_cgn.engine.callbacks import SampleAnswer
+from megatron_cgn.engine.callbacks import Callback, SampleAnswer
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.schedule import learning_rate
 from megatron_cgn.engine.trainer import Schedule, Trainer
 from megatron_cgn.errors import ConfigError
+from megatron_cgn.hf.score_files import write_score_files
 from megatron_cgn.objectives.base import Objective
 from megatron_cgn.parallel.reduce import first_problem
 from megatron_cgn.stages import common
@@ -36,9 +37,15 @@ class Course[B]:
         tokens_after: Tokens that all ranks have read after so many steps, padding left out.
         validate: Scores held-out data, by the names of its metrics. Collective.
         answer: Answers fixed prompts at every validation. Collective. None: there are none.
+        derive: Adds figures that are made of a step's means, once these are known. None: none.
         account_file: Name of the account, in the run's directory and in every checkpoint.
         account: What was read up to so many sequences, or will be in all (None), as JSON.
         describe: Lines about the data, given the checkpoint that the run goes on from.
+        check: Looks at the first step's micro-batches before a new run takes that step, and returns
+            a line about it. Collective; raises a `UserError` on every rank if training would be in
+            vain. None: nothing is looked at.
+        watch: Makes, on rank 0, who warns of training that goes wrong, given how a line is told.
+            None: nobody does.
         fill: Completes the Hugging Face directory of a checkpoint; called on rank 0.
     """
 
@@ -48,9 +55,12 @@ class Course[B]:
     tokens_after: Callable[[int], int]
     validate: Callable[[], dict[str, float]]
     answer: Callable[[], Sequence[SampleAnswer]] | None = None
+    derive: Callable[[dict[str, float]], dict[str, float]] | None = None
     account_file: str
     account: Callable[[int | None], Mapping[str, Any]]
     describe: Callable[[Path | None], Iterable[str]]
+    check: Callable[[Sequence[B]], str] | None = None
+    watch: Callable[[Callable[[str], None]], Callback] | None = None
     fill: Callable[[Path], None] | None = None
 
 
@@ -72,6 +82,8 @@ def train[B](engine: Engine, course: Course[B]) -> None:
         common.copy_hf_files(common.model_path(run), target)
         if course.fill is not None:
             course.fill(target)
+        if engine.architecture.head == "score":
+            write_score_files(target)
         account = course.account(engine.consumed_sequences)
         write_account(target.parent / course.account_file, account)
 
@@ -89,22 +101,43 @@ def train[B](engine: Engine, course: Course[B]) -> None:
         hf_files=write_beside,
         validate=course.validate,
         answer=course.answer,
+        derive=course.derive,
     )
     resumed = trainer.resume(run.checkpoint.resume)
-    callbacks = common.make_callbacks(
-        engine, tokens_after=course.tokens_after, resumed_from=resumed
-    )
-    messages = [
-        common.describe_engine(engine),
-        *common.describe_trained(engine),
-        *common.describe_groups(engine),
-        *course.describe(resumed),
-    ]
-    for callback, message in itertools.product(callbacks, messages):
-        callback.on_message(message)
-    _write_plan(engine, course)
     with contextlib.closing(course.batches()) as steps:
-        trainer.fit(steps, callbacks)
+        first, checked = _look_at_first(engine, course, steps)
+        callbacks = common.make_callbacks(
+            engine, tokens_after=course.tokens_after, resumed_from=resumed
+        )
+        messages = [
+            common.describe_engine(engine),
+            *common.describe_trained(engine),
+            *common.describe_groups(engine),
+            *course.describe(resumed),
+            *checked,
+        ]
+        for callback, message in itertools.product(callbacks, messages):
+            callback.on_message(message)
+        if course.watch is not None:
+            callbacks += [course.watch(callback.on_message) for callback in callbacks]
+        _write_plan(engine, course)
+        trainer.fit(itertools.chain(first, steps), callbacks)
+
+
+def _look_at_first[B](
+    engine: Engine, course: Course[B], steps: Iterator[Sequence[B]]
+) -> tuple[list[Sequence[B]], list[str]]:
+    """Check the first step of a new run. Collective over all ranks.
+
+    Before any record is opened: a run that is refused leaves none.
+
+    Returns:
+        What was taken of the steps, to be trained on, and what is to be told.
+    """
+    if course.check is None or engine.step > 0:
+        return [], []
+    first = next(steps)
+    return [first], [course.check(first)]
 
 
 def describe_epochs(engine: Engine) -> Iterable[str]:

@@ -25,14 +25,23 @@ PROCESSES = {
     "sft_lora_llama3_70b": 8,
     "sft_lora_qwen3_8b": 8,
     "sft_lora_qwen3_32b": 8,
+    "dpo_quickstart": 2,
+    "dpo_llama3_8b": 8,
+    "dpo_qwen3_8b": 8,
+    "dpo_lora_llama3_8b": 8,
+    "dpo_lora_llama3_70b": 8,
+    "dpo_lora_qwen3_8b": 8,
+    "dpo_lora_qwen3_32b": 8,
+    "rm_llama3_8b": 8,
+    "rm_qwen3_8b": 8,
+    "rm_lora_llama3_70b": 8,
+    "rm_lora_qwen3_32b": 8,
 }
 # Where a recipe does not say "start N processes".
-SAID = {"quickstart": "two CPU processes", "sft_quickstart": "two CPU"}
+SAID = {"quickstart": "two CPU processes", "sft_quickstart": "two CPU", "dpo_quickstart": "two CPU"}
 GIVEN = ["model.hf_path=models/base", "data.validation_fraction=0.01"]
-SOURCES = {
-    "cpt": "data.sources=[{name: domain, path: data/domain}]",
-    "sft": "data.sources=[{name: domain, path: data/domain.jsonl}]",
-}
+INDEX = "data.sources=[{name: domain, path: data/domain}]"
+FILE = "data.sources=[{name: domain, path: data/domain.jsonl}]"
 LLAMA3_70B = Architecture(
     family="llama",
     num_layers=80,
@@ -75,12 +84,15 @@ MODELS = {
     "qwen3_8b": QWEN3_8B,
     "qwen3_32b": QWEN3_32B,
 }
-TUNING = sorted(n for n in RECIPES if n.startswith("sft_") and n != "sft_quickstart")
+TUNING = sorted(
+    n for n in RECIPES if n.startswith(("sft_", "dpo_", "rm_")) and not n.endswith("quickstart")
+)
 
 
 def _load(name: str) -> RunConfig:
-    stage = "sft" if name.startswith("sft") else "cpt"
-    return load_config([f"+stage={stage}", f"+experiment={name}", SOURCES[stage], *GIVEN])
+    stage = next((s for s in ("sft", "dpo", "rm") if name.startswith(f"{s}_")), "cpt")
+    sources = INDEX if stage == "cpt" else FILE
+    return load_config([f"+stage={stage}", f"+experiment={name}", sources, *GIVEN])
 
 
 def _text(name: str) -> str:
@@ -119,13 +131,19 @@ def test_recipe_is_valid(name: str) -> None:
 def test_tuning_recipe_fits_its_model_and_its_gpus(name: str) -> None:
     """The figures of a recipe's comment are those of the closed forms."""
     run, text = _load(name), _text(name)
-    a = MODELS[name.removeprefix("sft_").removeprefix("lora_")]
+    stage, _, model = name.partition("_")
+    a = MODELS[model.removeprefix("lora_")]
+    if stage == "rm":
+        a = dataclasses.replace(a, head="score")
     validate_architecture(run, a)
     tp, rank = run.parallel.tensor_model_parallel_size, run.lora.rank
     dp = PROCESSES[name] // tp
     matrices = _matrices(a)
     weights = a.num_layers * sum(r * c for r, c in matrices.values())
-    weights += 2 * a.vocab_size * a.hidden_size
+    # A reward model has no output layer.
+    weights += (2 if a.head == "lm" else 1) * a.vocab_size * a.hidden_size
+    named = weights if tp == 8 else weights / tp  # "an eighth of the …"
+    assert f"{named / 1e9:.1f} × 10⁹ weights" in text
     if rank is None:
         share = weights / tp
         parts = [2 * share, 4 * share, 12 * share / dp]

@@ -90,7 +90,8 @@ def test_records_have_the_promised_fields(
     }
     shown = capsys.readouterr().err.splitlines()
     assert shown[1].startswith(
-        "step      2/10  loss 6.8000  lr 2.00e-05  grad norm 4.000  2,000 tokens/s  memory "
+        "step      2/10  loss 6.8000  margin 0.500  lr 2.00e-05  grad norm 4.000  "
+        "2,000 tokens/s  memory "
     )
     # Eight steps of half a second are left.
     assert shown[1].endswith("MiB  ETA 0:00:04")
