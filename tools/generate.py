@@ -32,7 +32,12 @@ from megatron_cgn.parallel.state import (  # noqa: E402
     read_world_size,
     shutdown_parallel,
 )
-from megatron_cgn.rollout.open import check_layout, find_model, open_engine  # noqa: E402
+from megatron_cgn.rollout.open import (  # noqa: E402
+    check_is_language_model,
+    check_layout,
+    find_model,
+    open_engine,
+)
 from megatron_cgn.rollout.prompts import Prompts  # noqa: E402
 from megatron_cgn.rollout.sampling import Sampling  # noqa: E402
 from megatron_cgn.rollout.tasks import ChatTask, FileTask, Job, PromptTask  # noqa: E402
@@ -88,6 +93,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     check_world_size(parallel, read_world_size())
     files = find_model(args.model, adapter=args.adapter)
+    check_is_language_model(files)
     check_layout(files, parallel)
     prompts = Prompts.open(files, template=args.template, raw=args.raw)
     sampling = Sampling(

@@ -1,8 +1,9 @@
 """Files of questions, and of answers: line by line, so that a run can go on where it was stopped.
 
-A line of answers is the question's record with ``id`` and ``answer`` added. Lines are appended
-whole; an incomplete one, of a machine that went down, is cut off. Beside the answers,
-``F.jsonl.settings.json`` says what they were made with: other settings do not go on from them.
+A line of answers is the question's record with ``id`` and ``answer`` added, or ``answers`` and, in
+``prompt_messages``, what they answer. Lines are appended whole; an incomplete one, of a machine
+that went down, is cut off. Beside the answers, ``F.jsonl.settings.json`` says what they were made
+with: other settings do not go on from them.
 """
 
 import json
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cgn.data.conversation_formats import read_record
+from megatron_cgn.data.conversation_formats import listed, read_record
 from megatron_cgn.errors import ConfigError, DataError
 from tokenizer.chat import Message
 
+PROMPT_MESSAGES = "prompt_messages"
+"""Field with what is said before the answers, word for word; other fields do not matter then."""
 _SHOWN = 5  # faults that are told one by one
 
 
@@ -38,7 +41,9 @@ class Question:
     messages: tuple[Message, ...]
 
 
-def read_questions(path: Path, *, system: str | None, raw: bool) -> list[Question]:
+def read_questions(
+    path: Path, *, system: str | None, raw: bool, outcome: str = "Nothing was generated."
+) -> list[Question]:
     """Read JSON Lines: prompts, or conversations of any kind that can be trained on.
 
     What the assistant says last is left out, so that a file of held-out conversations is one of
@@ -48,6 +53,7 @@ def read_questions(path: Path, *, system: str | None, raw: bool) -> list[Questio
         path: The file.
         system: What the system says first where a record does not say.
         raw: Whether records are texts, in the field ``prompt``.
+        outcome: What follows from a fault, for its message.
 
     Returns:
         All records.
@@ -79,17 +85,22 @@ def read_questions(path: Path, *, system: str | None, raw: bool) -> list[Questio
         found.append(
             Question(id=name, place=place, number=len(found), record=record, messages=messages)
         )
-    refuse(faults)
+    refuse(faults, outcome=outcome)
     if not found:
         raise DataError(f"{path}: holds no record. Give one JSON object a line.")
     return found
 
 
-def refuse(faults: list[str]) -> None:
+def refuse(faults: list[str], *, outcome: str = "Nothing was generated.") -> None:
     """Raise a `DataError` of these faults, if there are any."""
     if faults:
         more = f"\n… and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise DataError("\n".join(faults[:_SHOWN]) + more + "\nNothing was generated.")
+        raise DataError("\n".join(faults[:_SHOWN]) + more + f"\n{outcome}")
+
+
+def settings_path(path: Path) -> Path:
+    """Where it is told what a file of answers was made with."""
+    return path.with_name(f"{path.name}.settings.json")
 
 
 def _read(
@@ -105,13 +116,16 @@ def _read(
         if not isinstance(record.get("prompt"), str):
             raise DataError("has no text in the field 'prompt', which --raw continues")
         return record, (Message("user", record["prompt"]),)
-    # Questions need no answers, but the formats of training data have them.
-    blank = {}
-    if "prompt" in record:
-        blank = {"completion": ""}
-    elif "instruction" in record:
-        blank = {"output": ""}
-    messages = list(read_record({**blank, **record}).messages)
+    if isinstance(record.get(PROMPT_MESSAGES), list):
+        messages = listed(record[PROMPT_MESSAGES], PROMPT_MESSAGES)
+    else:
+        # Questions need no answers, but the formats of training data have them.
+        blank = {}
+        if "prompt" in record:
+            blank = {"completion": ""}
+        elif "instruction" in record:
+            blank = {"output": ""}
+        messages = list(read_record({**blank, **record}).messages)
     while messages and messages[-1].role == "assistant":
         messages.pop()
     if system is not None and not (messages and messages[0].role == "system"):
@@ -134,7 +148,7 @@ class AnswerFile:
 
     def __init__(self, path: Path, *, settings: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
-        self._settings_path = path.with_name(f"{path.name}.settings.json")
+        self._settings_path = settings_path(path)
         self.done: set[str] = set()
         """Ids of the records that were answered before."""
         try:
@@ -162,7 +176,7 @@ class AnswerFile:
         Raises:
             DataError: If the disk refuses; what was there before stays.
         """
-        content = b"".join(_line(row) for row in rows)
+        content = b"".join(json_line(row) for row in rows)
         try:
             with self.path.open("ab") as file:
                 file.write(content)
@@ -211,7 +225,8 @@ class AnswerFile:
             ) from error
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A record as a line of JSON, readable where it can be."""
     try:
         text = json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # a field has half a character, which only an escape can spell

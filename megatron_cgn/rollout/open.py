@@ -21,9 +21,11 @@ from megatron_cgn.engine.checkpoint import is_checkpoint, read_info
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import CheckpointError, ModelError
 from megatron_cgn.hf.adapter import load_adapter
+from megatron_cgn.hf.adapter_config import read_config
 from megatron_cgn.hf.adapter_file import read_adapter_config
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.load import load_weights
+from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.parallel.state import ParallelState
 
 
@@ -111,6 +113,50 @@ def _lora_of(record: dict[str, Any]) -> LoraConfig:
     )
 
 
+def model_architecture(files: ModelFiles) -> Architecture:
+    """What a model is, with the head that its adapter may bring.
+
+    Args:
+        files: From `find_model`.
+
+    Raises:
+        ModelError: If the model or the adapter is not supported.
+    """
+    found = read_architecture(files.hf)
+    if files.adapter is None or is_checkpoint(files.adapter):
+        return found
+    if read_config(files.adapter).head == "score":
+        return dataclasses.replace(found, head="score")
+    return found
+
+
+def check_is_language_model(files: ModelFiles) -> None:
+    """Refuse a reward model where a model shall write.
+
+    Raises:
+        ModelError: If it is one.
+    """
+    if model_architecture(files).head == "score":
+        raise ModelError(
+            f"{files.adapter or files.weights}: is a reward model, which judges answers and writes "
+            "none. Give a language model; tools/rank.py takes this one."
+        )
+
+
+def check_is_reward_model(files: ModelFiles) -> None:
+    """Refuse a model without a scalar head where answers shall be judged.
+
+    Raises:
+        ModelError: If it has none.
+    """
+    if model_architecture(files).head != "score":
+        raise ModelError(
+            f"{files.weights}: is a language model, whose last layer gives no reward. Give a "
+            "reward model: what +stage=rm exports, or any other for sequence classification with "
+            "one label."
+        )
+
+
 def open_engine(
     files: ModelFiles, state: ParallelState, *, precision: Precision, seed: int = 0
 ) -> Engine:
@@ -128,7 +174,7 @@ def open_engine(
     Raises:
         UserError: If the layout does not fit the model, or files are missing or damaged.
     """
-    architecture = read_architecture(files.hf)
+    architecture = model_architecture(files)
     run = RunConfig(
         seed=seed,
         precision=precision,
@@ -164,7 +210,7 @@ def check_layout(files: ModelFiles, parallel: ParallelConfig) -> None:
     Raises:
         UserError: Naming the sizes that would do.
     """
-    architecture = read_architecture(files.hf)
+    architecture = model_architecture(files)
     run = RunConfig(
         parallel=parallel, data=DataConfig(seq_length=architecture.max_position_embeddings)
     )

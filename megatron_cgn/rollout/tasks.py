@@ -19,7 +19,13 @@ from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import DataError
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.rollout.chat import HELP, converse
-from megatron_cgn.rollout.files import AnswerFile, Question, read_questions, refuse
+from megatron_cgn.rollout.files import (
+    PROMPT_MESSAGES,
+    AnswerFile,
+    Question,
+    read_questions,
+    refuse,
+)
 from megatron_cgn.rollout.generate import complete, prompt_fault
 from megatron_cgn.rollout.memory import fitting_batch
 from megatron_cgn.rollout.open import ModelFiles
@@ -27,6 +33,7 @@ from megatron_cgn.rollout.prompts import Prompts
 from megatron_cgn.rollout.sampling import Sampling
 from megatron_cgn.rollout.text import TextStream
 from tokenizer.chat import Message
+from tokenizer.chat_message import as_dicts
 
 _BATCHES_PER_WRITE = 4
 """Answers are written after so many full batches: between, sequences that end leave room for
@@ -232,9 +239,15 @@ class FileTask:
             ends = [answer.finish for answer in mine]
             answers: dict[str, Any] = {"answer": texts[0], "finish": ends[0]}
             if samples > 1:
-                answers = {"answers": texts, "finish": ends}
+                answers = {"answers": texts, "finish": ends, **self._asked(question)}
             rows.append({**question.record, "id": question.id, **answers})
         return rows
+
+    def _asked(self, question: Question) -> dict[str, Any]:
+        """What candidates answer: their record may hold it in other words, or without a system."""
+        if self.job.prompts.template is None:
+            return {}
+        return {PROMPT_MESSAGES: as_dicts(question.messages)}
 
     def _settings(self) -> dict[str, Any]:
         """What the answers depend on, so that no file holds answers of two kinds."""
