@@ -22,7 +22,9 @@ from torch import Tensor
 from megatron_cgn.batch import TokenBatch
 from megatron_cgn.config.schema import ParallelConfig
 from megatron_cgn.data.collective import on_first_rank, together
+from megatron_cgn.data.preference import PreferenceData
 from megatron_cgn.data.reference import ReferenceCache, Scored, where
+from megatron_cgn.data.reference_answers import Answers, wanted_answers
 from megatron_cgn.data.reference_rows import ScoringRows
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import ModelError, StoppedBySignal
@@ -50,6 +52,26 @@ class _Found:
     logps: Logps
     missing: Numbers
     lines: list[str]
+
+
+def reference_logps(
+    engine: Engine, data: PreferenceData, *, cache: Path, say: Say | None = None
+) -> npt.NDArray[np.float32]:
+    """Log-probabilities of what a run reads under the reference. Collective over all ranks.
+
+    See `reference_scores`, whose faults are the same.
+
+    Args:
+        engine: The model as training starts.
+        data: What the run reads: of what the files hold, only this is scored.
+        cache: Directory that rank 0 may write to.
+        say: Told, on rank 0, of what is done; None for standard error.
+
+    Returns:
+        By the number of the answer, nats, float32 ``[A]``; NaN of answers that the run never reads.
+    """
+    wanted = wanted_answers(data, validation_sequences=engine.run.train.validation_sequences)
+    return reference_scores(engine, Answers.of(data), wanted, cache=cache, say=say)
 
 
 def reference_scores(
