@@ -1,6 +1,6 @@
 """Train a model: the one entry point of every stage.
 
-    torchrun --nproc-per-node 2 train.py +stage=cpt|sft model.hf_path=… 'data.sources=[…]' …
+    torchrun --nproc-per-node 2 train.py +stage=cpt|sft|rm|dpo model.hf_path=… 'data.sources=[…]' …
     python train.py +stage=cpt …                       # one process
     python train.py --cfg job --resolve +stage=cpt …   # print the configuration and stop
 
@@ -20,9 +20,12 @@ EXAMPLE = """example:
     'data.sources=[{name: domain, path: data/domain, weight: 0.8},
                    {name: general, path: data/general, weight: 0.2}]' \\
     data.seq_length=512 data.validation_fraction=0.1 train.epochs=1 output_dir=runs/first
-  python train.py +stage=sft +lora=default model.hf_path=runs/first/export \
-    'data.sources=[{name: domain, path: data/answers.jsonl}]' \
+  python train.py +stage=sft +lora=default model.hf_path=runs/first/export \\
+    'data.sources=[{name: domain, path: data/answers.jsonl}]' \\
     data.seq_length=512 data.validation_fraction=0.1 train.epochs=3 output_dir=runs/tuned
+  python train.py +stage=dpo +lora=dpo model.hf_path=runs/tuned/export \\
+    'data.sources=[{name: domain, path: data/preferences.jsonl}]' \\
+    data.seq_length=1024 data.validation_fraction=0.1 train.epochs=1 output_dir=runs/aligned
 """
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_cgn.engine.callbacks import SampleAnswer
 from megatron_cgn.engine.engine import StepReport
-from megatron_cgn.engine.plot import plot_losses
+from megatron_cgn.engine.plot import MARGINS, ordered, plot_losses
 
 SAMPLES_FILE = "samples.jsonl"
 _MIB = 1024 * 1024
@@ -30,9 +30,8 @@ _COMPARED = {
 }
 """Held-out scores that tell more than a loss, by what the closing table calls them."""
 _SHARES = ("token_accuracy", "rewards/accuracies", "accuracy")
-_MARGINS = ("rewards/margins", "margin")
 _ON_THE_LINE = {"rewards/accuracies": "accuracy", "accuracy": "accuracy"}
-_ON_THE_LINE |= dict.fromkeys(_MARGINS, "margin")
+_ON_THE_LINE |= dict.fromkeys(MARGINS, "margin")
 """What the line of a step says beside the loss, where answers are compared."""
 _SHOWN_CHARACTERS = 300
 """Of an answer, in the closing lines; `SAMPLES_FILE` has all of it."""
@@ -119,7 +118,7 @@ class Monitor:
         shown = "  ".join(
             f"{name} {value:.4f}"
             for name, value in metrics.items()
-            if name.endswith(tuple(f"/{shown}" for shown in ("loss", *_COMPARED, *_MARGINS)))
+            if name.endswith(tuple(f"/{shown}" for shown in ("loss", *_COMPARED, *MARGINS)))
         )
         self._say(f"step {step:>6}  {shown}")
         self._leave_out_time()
@@ -223,7 +222,7 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
     last = scored[-1]
     found = {n.partition("/")[2].partition("/")[2] for n in last if n.startswith("val/")}
     metric = next((name for name in _COMPARED if name in found), None)
-    margin = next((name for name in _MARGINS if name in found), None)
+    margin = next((name for name in MARGINS if name in found), None)
     columns = ["source", "loss before", "after"]
     columns += [] if metric is None else [f"{_COMPARED[metric]} before", "after", "change"]
     columns += [] if margin is None else ["margin before", "after"]
@@ -232,8 +231,12 @@ def before_after_table(records: Sequence[dict[str, Any]]) -> str:
         cells = [source, *_before_after(scored, f"val/{source}/loss")]
         if metric is not None:
             before, after = _first_and_last(scored, f"val/{source}/{metric}")
-            cells += [*_before_after(scored, f"val/{source}/{metric}")]
-            cells += [_change(before, after, is_share=metric in _SHARES)]
+            shown = [*_before_after(scored, f"val/{source}/{metric}")]
+            shown += [_change(before, after, is_share=metric in _SHARES)]
+            if margin is not None:
+                at_first, _ = _first_and_last(scored, f"val/{source}/{margin}")
+                shown = shown if ordered(at_first) else ["–", shown[1], "–"]
+            cells += shown
         if margin is not None:
             cells += _before_after(scored, f"val/{source}/{margin}")
         rows.append(f"| {' | '.join(cells)} |")

@@ -14,6 +14,17 @@ _REWARDS = (
     ("margin", "margin", "black"),
 )
 _ACCURACIES = ("rewards/accuracies", "accuracy")
+MARGINS = ("rewards/margins", "margin")
+"""The mean margin of rewards, by the stage."""
+_ORDERED = 0.01
+
+
+def ordered(margin: float | None) -> bool:
+    """Whether rewards are ordered by more than rounding.
+
+    A policy that is its own reference has margins of 0. How many of them are above says nothing.
+    """
+    return margin is None or abs(margin) >= _ORDERED
 
 
 def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -44,7 +55,8 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
         name: {"color": f"C{place % 10}", "label": label}
         for place, (name, label) in enumerate(labels.items())
     }
-    count = 3 if compares else 2 if held_out else 1
+    judged = any(name in record for record in records for name in _ACCURACIES)
+    count = 2 + judged if compares else 1 + bool(held_out)
     with matplotlib.rc_context({"font.family": families}):
         figure, axes = pyplot.subplots(
             1,
@@ -60,7 +72,8 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path) -> None:
             _draw_held_out(left, records, unseen, "loss")
             left.set(ylabel="loss: training (lines), held out (dots)")
             _draw_rewards(axes[0][1], records)
-            _draw_accuracy(right, records, {name: styles[name] for name in held_out})
+            if judged:
+                _draw_accuracy(right, records, {name: styles[name] for name in held_out})
         else:
             left.set(ylabel="training loss (nats per token)")
             if held_out:
@@ -106,11 +119,13 @@ def _draw_rewards(axis: Any, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_accuracy(axis: Any, records: Sequence[dict[str, Any]], styles: dict[str, Any]) -> None:
-    for metric in _ACCURACIES:
-        points = _points(records, metric)
+    for metric, margin in zip(_ACCURACIES, MARGINS, strict=True):
+        points = _points([r for r in records if ordered(r.get(margin))], metric)
         if points[0]:
             axis.plot(*points, **_line(points), color="0.6", label="training")
-        _draw_held_out(axis, records, styles, metric)
+        for name, style in styles.items():
+            shown = [r for r in records if ordered(r.get(f"val/{name}/{margin}"))]
+            _draw_held_out(axis, shown, {name: style}, metric)
     axis.set(ylabel="share of pairs the right way round", ylim=(-0.02, 1.02))
 
 

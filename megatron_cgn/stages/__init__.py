@@ -26,4 +26,13 @@ def find_stage(name: str | None) -> Callable[[RunConfig], None]:
         from megatron_cgn.stages import sft
 
         return sft.run
-    raise ConfigError(f"stage: {name or 'not chosen'}; start with +stage=cpt or +stage=sft.")
+    if name == "dpo":
+        from megatron_cgn.stages import dpo
+
+        return dpo.run
+    if name == "rm":
+        from megatron_cgn.stages import rm
+
+        return rm.run
+    choices = "+stage=cpt, +stage=sft, +stage=rm or +stage=dpo"
+    raise ConfigError(f"stage: {name or 'not chosen'}; start with {choices}.")

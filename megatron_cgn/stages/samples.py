@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
+from typing import Any
 
 from megatron_cgn.config.schema import RunConfig
-from megatron_cgn.data.sft import SftData
+from megatron_cgn.data.packed_plan import PackedData
 from megatron_cgn.engine.callbacks import SampleAnswer
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import ConfigError
@@ -23,18 +24,18 @@ class Prompt:
     ids: list[int]
     """For the model, the generation prompt included."""
     reference: str | None
-    """What a held-out conversation answers."""
+    """What a held-out conversation, or its best answer, says."""
 
 
 def sample_prompts(
-    run: RunConfig, chat: ChatTemplate, data: SftData, *, max_positions: int
+    run: RunConfig, chat: ChatTemplate, data: PackedData[Any], *, max_positions: int
 ) -> list[Prompt]:
     """What is asked: ``samples.prompts``, or how held-out conversations begin.
 
     Args:
         run: The configuration.
         chat: Encodes prompts.
-        data: Its held-out conversations are taken from all sources in turn; those that leave no
+        data: What it holds out is taken from all sources in turn; those that leave no
             room for an answer are passed over.
         max_positions: Longest sequence the model can read, in tokens.
 

@@ -21,18 +21,23 @@ from megatron_cgn.engine.checkpoint import read_info
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.eval.answers import score_answers
 from megatron_cgn.hf.chat_files import write_chat_files
-from megatron_cgn.model.build import resolve_backend
-from megatron_cgn.model.packing import check_packing
 from megatron_cgn.objectives.next_token import NextToken
 from megatron_cgn.parallel.state import ParallelState, initialize_parallel
 from megatron_cgn.stages import common, training
+from megatron_cgn.stages.conversations import (
+    PLAN,
+    TokensRead,
+    cache_dir,
+    check_rows,
+    describe_template,
+    encoding_of,
+    full_rows,
+)
 from megatron_cgn.stages.samples import answer_samples, sample_prompts
 from tokenizer.chat import ChatTemplate
 from tokenizer.wrapper import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-_PLAN = "data.plan"
 
 
 def run(run: RunConfig) -> None:
@@ -49,14 +54,13 @@ def run(run: RunConfig) -> None:
     tokenizer = Tokenizer.from_pretrained(common.model_path(run))
     chat = ChatTemplate.open(common.model_path(run), template=run.chat.template)
     common.check_start(run, architecture, tokenizer)
-    backend = "native" if run.lora.rank is not None else resolve_backend(run.model.backend)
-    check_packing(backend, cp_size=run.parallel.context_parallel_size)
+    check_rows(run)
     state = initialize_parallel(run.parallel)
     plan = plan_sft(
         run,
         chat=chat,
         tokenizer=tokenizer,
-        cache=Path(run.data.cache_dir or Path(run.output_dir) / "cache"),
+        cache=cache_dir(run),
         report=common.Progress("encoding"),
     )
     validate_steps(run, plan.total_steps)
@@ -81,7 +85,7 @@ def run(run: RunConfig) -> None:
             objective=NextToken(data.source_names),
             fit=_fit(engine, data, tokenizer, chat),
             batches=lambda: _batches(engine, data),
-            tokens_after=_TokensRead(data),
+            tokens_after=TokensRead(data),
             validate=lambda: _validate(engine, data),
             answer=partial(answer_samples, engine, chat, prompts) if prompts else None,
             account_file=ACCOUNT_FILE,
@@ -103,7 +107,7 @@ def _batches(engine: Engine, data: SftData) -> Generator[list[TokenBatch]]:
             dp_rank=engine.state.dp_rank,
             dp_size=engine.state.dp_size,
             seq_length=run.data.seq_length,
-            pad_to_full=_full_rows(run),
+            pad_to_full=full_rows(run),
             start_sequence=engine.consumed_sequences,
             num_workers=run.data.num_workers,
         )
@@ -133,42 +137,17 @@ def _validation_loaders(
             dp_rank=state.dp_rank,
             dp_size=state.dp_size,
             seq_length=run.data.seq_length,
-            pad_to_full=_full_rows(run),
+            pad_to_full=full_rows(run),
             max_sequences=run.train.validation_sequences,
         )
         for name, sequences in data.validation.items()
     }
 
 
-def _full_rows(run: RunConfig) -> bool:
-    """Whether rows of all micro-batches must have one length, to be sent or cut."""
-    p = run.parallel
-    return p.pipeline_model_parallel_size > 1 or p.context_parallel_size > 1 or p.sequence_parallel
-
-
-class _TokensRead:
-    """Tokens that a run has read after so many steps, padding left out: packs are not all full."""
-
-    def __init__(self, data: SftData) -> None:
-        self._data = data
-        self._known = (0, 0)
-
-    def __call__(self, step: int) -> int:
-        before, tokens = self._known if self._known[0] <= step else (0, 0)
-        plan = self._data.plan
-        start, stop = (min(s * plan.global_batch_size, plan.sequences) for s in (before, step))
-        tokens += sum(tally.tokens for tally in self._data.train.tally(start, stop))
-        self._known = (step, tokens)
-        return tokens
-
-
 def _describe(
     engine: Engine, data: SftData, chat: ChatTemplate, resumed: Path | None
 ) -> Iterator[str]:
     """Say what is trained on, and what differs from the run before."""
-    ends = ", ".join(
-        repr(chat.decode([i], skip_special_tokens=False)) for i in chat.end_of_turn_ids
-    )
     counted = (
         "every token counts"
         if engine.run.chat.train_on_prompt
@@ -176,10 +155,10 @@ def _describe(
         if engine.run.chat.last_turn_only
         else "the assistant's turns count"
     )
-    yield f"chat template: {chat.name}; turns end with {ends}; {counted}"
+    yield f"{describe_template(chat)}; {counted}"
     yield from describe(data.plan)
     if resumed is not None:
-        before = read_info(resumed).fit[_PLAN]
+        before = read_info(resumed).fit[PLAN]
         steps = -(-before["sequences"] // before["global_batch_size"])
         yield from training.describe_length(engine, steps)
 
@@ -189,12 +168,12 @@ def _fit(engine: Engine, data: SftData, tokenizer: Tokenizer, chat: ChatTemplate
 
     What adapters must share, the engine tells itself.
     """
-    encoding = {"tokenizer": tokenizer.fingerprint(), "chat.template": chat.fingerprint()}
+    encoding = encoding_of(tokenizer, chat)
     return common.base_fit(
         engine.architecture,
         **encoding,
         **{
             "train.global_batch_size": engine.run.train.global_batch_size,
-            _PLAN: SftHistory(data.plan, encoding="/".join(encoding.values())),
+            PLAN: SftHistory(data.plan, encoding="/".join(encoding.values())),
         },
     )

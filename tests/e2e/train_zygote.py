@@ -7,8 +7,8 @@ Reads requests from standard input, one JSON object a line, and answers each wit
 
 Every run is a forked process with the modules imported but nothing built, in a session of its
 own. What follows the fork is train.py's own `main`. If the environment names a `RECORD_IDS` file,
-the ids of the conversations that each training sequence holds are written there when it is read;
-and with `SIGNAL_AT=SEQUENCE:SIGNAL` a run sends itself that signal when it has read that sequence.
+the ids of the records that each training sequence holds are written there when it is read; and with
+`SIGNAL_AT=SEQUENCE:SIGNAL` a run sends itself that signal when it has read that sequence.
 """
 
 import hashlib
@@ -30,6 +30,8 @@ def _serve() -> None:
     quiet_dependencies()
     import megatron_cgn.engine.metrics
     import megatron_cgn.stages.cpt
+    import megatron_cgn.stages.dpo
+    import megatron_cgn.stages.rm
     import megatron_cgn.stages.sft  # noqa: F401
 
     for line in sys.stdin:
@@ -52,6 +54,7 @@ def _poll(pid: int) -> int | None:
 
 def _record_ids(path: str) -> None:
     """Let training sequences write down what is read of them: number, ids, tokens' hash."""
+    from megatron_cgn.data.preference_loader import PreferenceLoader
     from megatron_cgn.data.sft_loader import SftLoader
 
     sequence, number = map(int, os.environ.get("SIGNAL_AT", "-1:0").split(":"))
@@ -72,12 +75,16 @@ def _record_ids(path: str) -> None:
                 os.kill(os.getpid(), number)
             return row
 
-    opened = SftLoader.__init__
+    def record(loader: Any) -> None:
+        opened = loader.__init__
 
-    def recording(self: Any, dataset: Any, **settings: Any) -> None:
-        opened(self, Recorded(dataset), **settings)  # type: ignore[arg-type]
+        def recording(self: Any, dataset: Any, **settings: Any) -> None:
+            opened(self, Recorded(dataset), **settings)
 
-    SftLoader.__init__ = recording  # type: ignore[method-assign]
+        loader.__init__ = recording
+
+    for loader in (SftLoader, PreferenceLoader):
+        record(loader)
 
 
 def _train(request: dict[str, Any]) -> None:
