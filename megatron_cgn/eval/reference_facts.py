@@ -13,6 +13,9 @@ from megatron_cgn.hf.fingerprint import weights_fingerprint
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.model.lora import scaling
 
+_HARMLESS = ("max_position_embeddings", "initializer_range")
+"""Fields of an architecture that decide no score."""
+
 
 def model_facts(run: RunConfig, architecture: Architecture) -> dict[str, Any]:
     """All of a run's first weights that decides scores; reads files.
@@ -27,10 +30,11 @@ def model_facts(run: RunConfig, architecture: Architecture) -> dict[str, Any]:
     Raises:
         UserError: If weights or adapters cannot be read.
     """
-    config = json.dumps(asdict(architecture), sort_keys=True, default=str)
+    config = {n: v for n, v in asdict(architecture).items() if n not in _HARMLESS}
+    text = json.dumps(config, sort_keys=True)
     return {
         "weights": _weights(run),
-        "model": hashlib.blake2b(config.encode(), digest_size=12).hexdigest(),
+        "model": hashlib.blake2b(text.encode(), digest_size=12).hexdigest(),
         "adapter": _adapter(run.lora),
         "precision": run.precision,
     }
