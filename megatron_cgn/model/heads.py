@@ -1,20 +1,16 @@
-"""What stands on the last hidden state: a vocabulary with padding, or one number.
+"""What stands on the last hidden state: the padded vocabulary of the language-model head.
 
 The embedding and the output layer have more rows than the tokenizer has ids, so that they divide
 over tensor-parallel ranks. Those rows are kept out of every probability here; reading and
-writing them is `hf/`'s part. A `ScalarHead` takes the place of the output layer in reward models
-and critics; `score_model.py` puts it there.
+writing them is `hf/`'s part. Models that give a number in place of probabilities are in
+`score_model.py`. Importing this loads no Megatron-Core.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 
 def padded_vocab_size(vocab_size: int, *, multiple: int, tensor_parallel_size: int) -> int:
@@ -114,55 +110,3 @@ def mask_padded_vocabulary(
             tensor_parallel_size=tensor_parallel_size,
         )
     )
-
-
-class ScalarHead(nn.Module):
-    """One number for each token: ``w · h`` of its last hidden state.
-
-    Called as Megatron calls its output layer. Every tensor-parallel rank has all of ``w``, which is
-    as small as a norm's weight, so that no rank waits for another's part of a product; under
-    sequence parallelism each multiplies its own tokens and only their values are gathered.
-
-    Args:
-        config: The model's configuration.
-        tp_group: Tensor-parallel group.
-    """
-
-    def __init__(self, *, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup):
-        super().__init__()
-        self.tp_group = tp_group
-        self.sequence_parallel = bool(config.sequence_parallel)
-        device = torch.cuda.current_device()
-        weight = torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device)
-        self.weight = nn.Parameter(weight)
-        # Counted once in the norm of all gradients.
-        set_tensor_model_parallel_attributes(self.weight, False, -1, 1)
-        # Each rank then sees its own tokens, so Megatron must sum this gradient over ranks.
-        self.weight.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        weight: Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-    ) -> tuple[Tensor, None]:
-        """Value every token. Collective over tp under sequence parallelism.
-
-        Args:
-            hidden_states: ``[s, b, h]``, equal on all ranks of tp; ``[s / tp, b, h]`` under
-                sequence parallelism.
-            weight: Megatron's place for a tied weight; this one never is.
-            runtime_gather_output: Megatron's place for what does not arise here: values are whole.
-
-        Returns:
-            Values float32 ``[s, b]``, equal on all ranks of tp, and Megatron's place for a bias.
-        """
-        assert weight is None
-        # Rewards of two answers differ by little: BF16 would round what is learned from.
-        values = F.linear(hidden_states.float(), self.weight.float()).squeeze(-1)
-        if self.sequence_parallel:
-            # All ranks go on alike from here, so a rank's own part of the gradient is all of it.
-            values = gather_from_sequence_parallel_region(
-                values, tensor_parallel_output_grad=False, group=self.tp_group
-            )
-        return values, None

@@ -27,7 +27,7 @@ from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.load import load_weights
 from megatron_cgn.hf.to_megatron import convert_to_megatron
 from megatron_cgn.model.architecture import Architecture
-from megatron_cgn.model.heads import ScalarHead
+from megatron_cgn.model.score_model import ScalarHead
 from megatron_cgn.model.size import parameter_count
 from megatron_cgn.parallel.seed import seed_everything
 from megatron_cgn.parallel.state import ParallelState, initialize_parallel, shutdown_parallel
