@@ -51,16 +51,19 @@ def tool() -> Iterator[ModuleType]:
 class Run:
     """Runs the command on one file of conversations."""
 
+    option = "--sft"
+    records = RECORDS
+
     def __init__(
         self, tool: ModuleType, directory: Path, patch: pytest.MonkeyPatch, capture: Any
     ) -> None:
         self.tokenizer = chatml_tokenizer(directory / "tokenizer")
         self.file = directory / "qa.jsonl"
-        self.file.write_text("".join(f"{json.dumps(r)}\n" for r in RECORDS))
+        self.file.write_text("".join(f"{json.dumps(r)}\n" for r in self.records))
         self._tool, self._patch, self._capture = tool, patch, capture
 
     def __call__(self, *options: object) -> tuple[int, str, str]:
-        arguments = ["--sft", "--tokenizer", self.tokenizer, "--input", self.file, *options]
+        arguments = [self.option, "--tokenizer", self.tokenizer, "--input", self.file, *options]
         self._patch.setattr(sys, "argv", ["preprocess_data.py", *map(str, arguments)])
         code = self._tool.main()
         captured = self._capture.readouterr()
