@@ -336,12 +336,42 @@ def test_a_ranking_counts_once(name: str) -> None:
     assert total == pytest.approx(sum(alone[:3]) / 3 + alone[3], rel=RTOL)
 
 
-def test_count_of_many_thirds_is_whole() -> None:
-    records = 400
-    masks = [[1]] * 3
-    batch = make_batch(masks, pairs=[(0, 1)] * 3 * records, weights=[1 / 3] * 3 * records)
+def test_count_of_many_fractions_is_whole() -> None:
+    weights = [1 / 3] * 9
+    assert torch.tensor(weights).sum() < 3, "or it would not matter how FP32 is made whole"
+    batch = make_batch([[1]] * 3, pairs=[(0, 1), (0, 2), (1, 2)] * 3, weights=weights)
     result = make_objective(LossConfig(type="simpo")).loss(make_row([torch.ones(1)] * 3), batch)
-    assert int(result.count) == records and result.count.dtype == torch.int32
+    assert int(result.count) == 3 and result.count.dtype == torch.int32
+
+
+def test_equal_rewards_are_no_accuracy() -> None:
+    batch = make_batch([[1], [1]], pairs=[(0, 1)], ref_logps=torch.tensor([-2.0, -2.0]))
+    row = make_row([torch.tensor([3.0])] * 2)
+    told = make_objective(LossConfig()).loss(row, batch).metrics["rewards/accuracies"]
+    assert told.sum == 0 and told.count == 1
+    told = BradleyTerry(LossConfig()).loss(row, batch).metrics["accuracy"]
+    assert told.sum == 0 and told.count == 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_engine_tells_the_loss_of_everything_itself(name: str) -> None:
+    result = _any_objective(name).loss(
+        make_row([torch.ones(2)] * 2), _any_batch(name, [[1, 1]] * 2, pairs=[(0, 1)])
+    )
+    assert "loss" not in result.metrics and "train/one/loss" in result.metrics
+
+
+def test_an_infinity_among_good_answers_leaves_the_means_of_bad_ones() -> None:
+    batch = make_batch(
+        [[1], [1]],
+        ref_logps=torch.zeros(2),
+        desirable=torch.tensor([True, False]),
+        baseline=torch.zeros(1),
+    )
+    row = make_row(list(torch.tensor([[math.inf], [1.0]])))
+    metrics = make_objective(LossConfig(type="kto"), ["one"]).loss(row, batch).metrics
+    assert metrics["logps/chosen"].sum == -math.inf
+    assert metrics["logps/rejected"].sum == metrics["train/one/logps/rejected"].sum == -1.0
 
 
 def test_accuracy_and_margins_are_of_rewards() -> None:
@@ -418,7 +448,8 @@ def test_margin_of_the_data_is_asked_for_unless_switched_off() -> None:
 
 def test_half_precision_rewards_are_compared_in_fp32() -> None:
     row = make_row(list(torch.tensor([[2.0], [1.5]]))).bfloat16()
-    result = BradleyTerry(LossConfig()).loss(row, make_batch([[1], [1]], pairs=[(0, 1)]))
+    batch = make_batch([[1], [1]], pairs=[(0, 1)])
+    result = BradleyTerry(LossConfig(use_margins=False)).loss(row, batch)
     assert result.loss_sum.dtype == torch.float32
     assert float(result.loss_sum) == pytest.approx(_softplus(-0.5), rel=RTOL)
 
