@@ -6,7 +6,7 @@ Rewards are compared within a prompt only; those of two prompts mean nothing to 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, pairwise
 from typing import Any, Literal, get_args
 
 from megatron_cgn.errors import ConfigError
@@ -28,6 +28,7 @@ class Tally:
         records: Records written.
         pairs: Pairs of a better and a worse answer in them.
         margin: Sum of the pairs' differences of rewards.
+        longer: Pairs whose better answer has more characters: reward models like length.
         left_out: Answers left out, by reason.
         too_few: Prompts with fewer than two answers to compare.
         too_close: Prompts with none of whose answers is far enough from another.
@@ -38,6 +39,7 @@ class Tally:
     records: int = 0
     pairs: int = 0
     margin: float = 0.0
+    longer: int = 0
     left_out: Counter[LeftOut] = field(default_factory=Counter)
     too_few: int = 0
     too_close: int = 0
@@ -49,6 +51,8 @@ class Tally:
             f"pairs: {self.pairs:,}"
             + (f", mean margin {self.margin / self.pairs:.3f}" if self.pairs else "")
         ]
+        if self.pairs:
+            lines.append(f"the better answer is the longer one in {self.longer / self.pairs:.0%}")
         if self.left_out:
             found = [reason for reason in get_args(LeftOut) if self.left_out[reason]]
             counts = ", ".join(f"{reason} {self.left_out[reason]:,}" for reason in found)
@@ -100,21 +104,26 @@ def prefer(
     # Of equals the earlier first.
     order = sorted(scored, key=lambda pair: (-pair[0], pair[1]))
     if keep == "ranking":
-        records, differences = _ranking(candidates, order, min_margin)
+        ranks = _ranks(order, min_margin)
+        pairs = [
+            (a, b) for (a, i), (b, j) in combinations(zip(order, ranks, strict=True), 2) if i < j
+        ]
+        records = [_ranking(candidates, order, ranks)] if pairs else []
     else:
-        chosen = [(order[0], order[-1])] if keep == "best-worst" and order else []
+        ends = [(order[0], order[-1])] if order else []
         pairs = [
             (better, worse)
-            for better, worse in (chosen if keep == "best-worst" else combinations(order, 2))
-            if better[0] > worse[0] and better[0] - worse[0] >= min_margin
+            for better, worse in (ends if keep == "best-worst" else combinations(order, 2))
+            if _is_better(better, worse, min_margin)
         ]
-        records = [_pair(candidates, b, w, keep=keep) for b, w in pairs]
-        differences = [b[0] - w[0] for b, w in pairs]
+        records = [_pair(candidates, better, worse, keep=keep) for better, worse in pairs]
     tally.prompts += 1
     tally.answers += len(rewards)
     tally.records += len(records)
-    tally.pairs += len(differences)
-    tally.margin += sum(differences)
+    tally.pairs += len(pairs)
+    tally.margin += sum(better[0] - worse[0] for better, worse in pairs)
+    lengths = [len(answer.strip()) for answer in candidates.answers]
+    tally.longer += sum(lengths[better[1]] > lengths[worse[1]] for better, worse in pairs)
     if len(scored) < 2:
         tally.too_few += 1
     elif not records:
@@ -126,27 +135,27 @@ _Scored = tuple[float, int]
 """An answer's reward and its place."""
 
 
+def _is_better(one: _Scored, other: _Scored, min_margin: float) -> bool:
+    return one[0] > other[0] and one[0] - other[0] >= min_margin
+
+
+def _ranks(order: Sequence[_Scored], min_margin: float) -> list[int]:
+    """Ranks of answers that are ordered, the best first, from 1 on."""
+    steps = [_is_better(one, other, min_margin) for one, other in pairwise(order)]
+    return list(accumulate(steps, initial=1))[: len(order)]
+
+
 def _ranking(
-    candidates: Candidates, order: Sequence[_Scored], min_margin: float
-) -> tuple[list[dict[str, Any]], list[float]]:
-    if not order:
-        return [], []
-    ranks = [1]
-    for (better, _), (worse, _) in pairwise(order):
-        ranks.append(ranks[-1] + (better > worse and better - worse >= min_margin))
-    if ranks[-1] == 1:
-        return [], []
-    ranked = list(zip(order, ranks, strict=True))
-    differences = [a[0] - b[0] for (a, i), (b, j) in combinations(ranked, 2) if i < j]
-    record = {
+    candidates: Candidates, order: Sequence[_Scored], ranks: Sequence[int]
+) -> dict[str, Any]:
+    return {
         "id": candidates.question.id,
         "prompt": _prompt(candidates),
         "answers": [
             {"messages": _said(candidates, place), "rank": rank, "reward": reward}
-            for (reward, place), rank in ranked
+            for (reward, place), rank in zip(order, ranks, strict=True)
         ],
     }
-    return [record], differences
 
 
 def _pair(candidates: Candidates, better: _Scored, worse: _Scored, *, keep: Keep) -> dict[str, Any]:

@@ -94,6 +94,13 @@ def test_prompts_without_a_pair_are_counted(keep: Keep) -> None:
         assert (tally.prompts, tally.answers) == (1, len(rewards))
 
 
+@pytest.mark.parametrize(("keep", "longer"), [("best-worst", 1), ("all", 2), ("ranking", 2)])
+def test_how_often_the_longer_answer_wins_is_counted(keep: Keep, longer: int) -> None:
+    tally = Tally()
+    prefer(_candidates("水水水", "a", "b  "), [3.0, 2.0, 1.0], keep=keep, tally=tally)
+    assert tally.longer == longer
+
+
 def test_what_is_not_compared() -> None:
     candidates = _candidates("x", "", "y", " x\n", "z", "y", "\u3000", cut_off=(2, 4))
     assert left_out(candidates, keep_cut_off=False) == [
@@ -117,10 +124,12 @@ def test_what_is_not_compared() -> None:
 
 
 def test_a_tally_says_what_became_of_everything() -> None:
-    tally = Tally(prompts=3, answers=9, records=1, pairs=1, margin=0.5, too_few=1, too_close=1)
+    tally = Tally(prompts=3, answers=9, records=1, pairs=4, margin=2.0, too_few=1, too_close=1)
+    tally.longer = 3
     tally.left_out.update(["duplicate", "empty", "duplicate"])
     assert tally.describe().splitlines() == [
-        "prompts: 3, answers: 9; records: 1, pairs: 1, mean margin 0.500",
+        "prompts: 3, answers: 9; records: 1, pairs: 4, mean margin 0.500",
+        "the better answer is the longer one in 75%",
         "answers left out: empty 1, duplicate 2",
         "prompts left out: fewer than two answers to compare 1, answers too close 1",
     ]
