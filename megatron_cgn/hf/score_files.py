@@ -9,11 +9,12 @@ the token that ``config.json`` names, or padding itself is scored.
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_cgn.errors import DataError
+from megatron_cgn.hf.config import read_config_json
 from megatron_cgn.hf.config_fields import SCORE_FAMILIES
 from megatron_cgn.hf.files import write_json
 from tokenizer.chat import ChatTemplate, Message
@@ -86,6 +87,49 @@ def write_score_files(directory: Path, *, keep_pad: bool = False) -> None:
         if _has_tokenizer(directory):
             config[_PAD_ID] = None if pad is None else pad[1]
         write_json(path, config)
+
+
+def padding_id(config_dir: Path, *, tokenizer_dir: Path) -> int | None:
+    """The token that a reward model takes for padding wherever it ends a row.
+
+    Args:
+        config_dir: Directory with the model's ``config.json``.
+        tokenizer_dir: Directory with its tokenizer, whose padding is the model's where an adapter
+            makes a reward model of a language model.
+
+    Returns:
+        Its id; None if there is none.
+
+    Raises:
+        ModelError: If ``config.json`` cannot be read.
+        DataError: If the tokenizer cannot be read.
+    """
+    config = read_config_json(config_dir)
+    if config.get("architectures") == [SCORE_FAMILIES.get(config.get("model_type", ""))]:
+        token_id = config.get(_PAD_ID)
+        return token_id if isinstance(token_id, int) else None
+    token = special_tokens(tokenizer_dir).get(_PAD)
+    found = None if token is None else open_backend(tokenizer_dir).token_to_id(token)
+    return None if found is None else int(found)
+
+
+def without_padding(ids: Sequence[int], pad_token_id: int | None) -> Sequence[int]:
+    """Leave out what is padding to `transformers` at the end of a row, so that the rest is scored.
+
+    Of a reward model of ours that is nothing. Others may pad with a token that ends answers too,
+    and have learned to score the one before it.
+
+    Args:
+        ids: A conversation.
+        pad_token_id: From `padding_id`.
+
+    Returns:
+        The ids up to the last that is none of padding's; all, if all are.
+    """
+    end = len(ids)
+    while end and ids[end - 1] == pad_token_id:
+        end -= 1
+    return ids[:end] if end else ids
 
 
 def _has_tokenizer(directory: Path) -> bool:

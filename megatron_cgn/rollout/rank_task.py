@@ -24,6 +24,7 @@ from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import ConfigError, DataError, ModelError
 from megatron_cgn.hf.adapter_config import WEIGHTS_FILE
 from megatron_cgn.hf.fingerprint import weights_fingerprint
+from megatron_cgn.hf.score_files import padding_id, without_padding
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.rollout.candidates import Candidates, left_out, read_candidates
 from megatron_cgn.rollout.files import AnswerFile, json_line, refuse
@@ -93,6 +94,7 @@ class RankTask:
                 f"{output}: exists, and there is no {self.scores_path.name} beside it to go on "
                 "from. Give another --output, or --overwrite to replace it."
             )
+        self._padding = padding_id(files.hf, tokenizer_dir=files.tokenizer)
         self.candidates = read_candidates(candidates)
         faults = []
         for found in self.candidates:
@@ -151,7 +153,7 @@ class RankTask:
         self, engine: Engine, group: Sequence[Candidates]
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Lines of scores, and what is wrong with the answers that have none."""
-        encoded, unfit = _encode(group, self.template, engine.architecture)
+        encoded, unfit = _encode(group, self.template, engine.architecture, self._padding)
         # An answer that is there twice has one reward, so that it is not better than itself.
         distinct = sorted({ids for answers in encoded for ids in answers if ids is not None})
         found = score_tokens(engine, distinct)
@@ -220,7 +222,10 @@ class RankTask:
 
 
 def _encode(
-    group: Sequence[Candidates], template: ChatTemplate, architecture: Architecture
+    group: Sequence[Candidates],
+    template: ChatTemplate,
+    architecture: Architecture,
+    padding: int | None,
 ) -> tuple[list[list[tuple[int, ...] | None]], list[str]]:
     """Tokens of each answer with its prompt, or None; and what is wrong with those."""
     conversations, owners, unfit = [], [], []
@@ -235,7 +240,7 @@ def _encode(
             str(chat) if isinstance(chat, DataError) else conversation_fault(chat.ids, architecture)
         )
         if fault is None and not isinstance(chat, DataError):
-            encoded[number][place] = tuple(chat.ids)
+            encoded[number][place] = tuple(without_padding(chat.ids, padding))
         else:
             unfit.append(f"{group[number].question.place}: answer {place + 1}: {fault}")
     return encoded, unfit

@@ -20,7 +20,7 @@ from megatron_cgn.hf.adapter_config import config_json, read_config
 from megatron_cgn.hf.adapter_file import AdapterFile
 from megatron_cgn.hf.config import read_architecture
 from megatron_cgn.hf.merge import merge_adapter
-from megatron_cgn.hf.score_files import write_score_files
+from megatron_cgn.hf.score_files import padding_id, without_padding, write_score_files
 from megatron_cgn.hf.to_hf import convert_to_hf
 from megatron_cgn.hf.to_megatron import convert_to_megatron
 from megatron_cgn.hf.vocabulary import check_config
@@ -198,6 +198,29 @@ def test_without_a_token_to_pad_with_batches_are_refused_by_transformers(tmp_pat
     config = json.loads((path / "config.json").read_text())
     tokenizer = json.loads((path / "tokenizer_config.json").read_text())
     assert config["pad_token_id"] is None and "pad_token" not in tokenizer
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", "<|endoftext|>"])
+def test_what_transformers_takes_for_padding_is_left_out(tmp_path: Path, pad: str) -> None:
+    path = _chat_model(tmp_path, template=LLAMA3, pad=pad)
+    made: Any = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, dtype=torch.float32
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    made.config.pad_token_id = tokenizer.pad_token_id
+    # As an adapter's base has it, and as a reward model of its own.
+    assert padding_id(path, tokenizer_dir=path) == tokenizer.pad_token_id
+    made.save_pretrained(path)
+    assert padding_id(path, tokenizer_dir=path) == tokenizer.pad_token_id
+    text = tokenizer.apply_chat_template(CONVERSATIONS[1], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    kept = without_padding(ids, tokenizer.pad_token_id)
+    assert len(kept) == len(ids) - (pad == "<|im_end|>")
+    with torch.no_grad():
+        hidden = made.model(torch.tensor([kept])).last_hidden_state[0, -1]
+        expected = float(made(torch.tensor([ids])).logits)
+    assert float(made.score.weight[0] @ hidden) == pytest.approx(expected, abs=SCORE_ATOL)
+    assert without_padding([3, 3], 3) == [3, 3] and without_padding(ids, None) == ids
 
 
 def test_an_adapter_brings_its_head_to_a_language_model(tmp_path: Path) -> None:
