@@ -266,6 +266,45 @@ def test_table_of_answers_compares_points_of_accuracy() -> None:
     assert row == "| a | 2.0000 | 1.0000 | 0.5000 | 0.6250 | +12.5 points |"
 
 
+def test_table_of_comparisons_has_margins_and_no_accuracy_where_there_was_no_order() -> None:
+    def scores(step: int, margin: float, accuracy: float) -> dict[str, Any]:
+        return {
+            "step": step,
+            "val/a/loss": 0.7,
+            "val/a/rewards/margins": margin,
+            "val/a/rewards/accuracies": accuracy,
+            "val/a/logps/chosen": -5.0,
+        }
+
+    head, _, row = before_after_table([scores(0, 1e-7, 0.4), scores(9, 0.5, 0.9)]).splitlines()
+    assert head == (
+        "| source | loss before | after | accuracy before | after | change "
+        "| margin before | after |"
+    )
+    assert row == "| a | 0.7000 | 0.7000 | – | 0.9000 | – | 0.0000 | 0.5000 |"
+    _, _, row = before_after_table([scores(0, 0.1, 0.4), scores(9, 0.5, 0.9)]).splitlines()
+    assert row == "| a | 0.7000 | 0.7000 | 0.4000 | 0.9000 | +50.0 points | 0.1000 | 0.5000 |"
+    without = [
+        {k: v for k, v in r.items() if "accuracies" not in k}
+        for r in (scores(0, 0.0, 0.0), scores(9, 0.5, 0.0))
+    ]
+    head, _, row = before_after_table(without).splitlines()
+    assert head == "| source | loss before | after | margin before | after |"
+    assert row == "| a | 0.7000 | 0.7000 | 0.0000 | 0.5000 |"
+
+
+def test_the_line_of_a_validation_has_what_the_table_compares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = _monitor(tmp_path)
+    monitor.on_validation(4, {"val/a/loss": 0.5, "val/a/logps/chosen": -5.0, "val/a/margin": 0.25})
+    monitor.on_end()
+    assert capsys.readouterr().err.splitlines() == [
+        "step      4  val/a/loss 0.5000  val/a/margin 0.2500"
+    ]
+    assert _lines(tmp_path)[0]["val/a/logps/chosen"] == -5.0
+
+
 def _sample(answer: str, *, reference: str | None = None) -> SampleAnswer:
     return SampleAnswer(
         prompt="一回路压力?", answer=answer, reference=reference, num_tokens=3, ended=True

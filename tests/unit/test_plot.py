@@ -114,3 +114,70 @@ def test_a_run_without_sources_has_one_line_and_no_legend(
     assert _legend(axis) is None
     with Image.open(tmp_path / "narrow.png") as picture:
         assert picture.size == (720, 480)
+
+
+COMPARED: list[dict[str, Any]] = [
+    {"step": 0, "val/a/loss": 0.69, "val/a/rewards/margins": 0.0, "val/a/rewards/accuracies": 0.0},
+    {
+        "step": 1,
+        "loss": 0.69,
+        "train/a/loss": 0.69,
+        "rewards/chosen": 0.001,
+        "rewards/rejected": -0.001,
+        "rewards/margins": 0.002,
+        "rewards/accuracies": 1.0,
+    },
+    {
+        "step": 2,
+        "loss": 0.6,
+        "train/a/loss": 0.6,
+        "rewards/chosen": 0.1,
+        "rewards/rejected": -0.2,
+        "rewards/margins": 0.3,
+        "rewards/accuracies": 0.75,
+    },
+    {"step": 2, "val/a/loss": 0.65, "val/a/rewards/margins": 0.2, "val/a/rewards/accuracies": 0.5},
+]
+
+
+def test_comparisons_are_drawn_with_rewards_and_accuracy(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    plot_losses(COMPARED, tmp_path / "loss.png")
+    losses, rewards, accuracy = figures[0].axes
+    assert "nats" not in losses.get_ylabel()
+    # Training and held-out loss of a source have one colour, and one line in the legend.
+    assert _lines(losses) == {
+        "a": ([1, 2], [0.69, 0.6]),
+        "all sources": ([1, 2], [0.69, 0.6]),
+        "_a": ([0, 2], [0.69, 0.65]),
+    }
+    assert _legend(losses) == ["a", "all sources"]
+    assert len({x.get_color() for x in losses.get_lines() if x.get_label().endswith("a")}) == 1
+    assert _lines(rewards) == {
+        "chosen": ([1, 2], [0.001, 0.1]),
+        "rejected": ([1, 2], [-0.001, -0.2]),
+        "margin": ([1, 2], [0.002, 0.3]),
+    }
+    # Where margins are 0 but for rounding, how many are above says nothing.
+    assert _lines(accuracy) == {"training": ([2], [0.75]), "a": ([2], [0.5])}
+
+
+def test_answers_with_labels_have_rewards_and_no_accuracy(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    records = [{k: v for k, v in r.items() if "accuracies" not in k} for r in COMPARED]
+    plot_losses(records, tmp_path / "loss.png")
+    _, rewards = figures[0].axes
+    assert set(_lines(rewards)) == {"chosen", "rejected", "margin"}
+
+
+def test_a_reward_model_is_drawn_by_its_own_names(tmp_path: Path, figures: list[Figure]) -> None:
+    records = [
+        {"step": 0, "val/a/loss": 0.7, "val/a/margin": 0.1, "val/a/accuracy": 0.5},
+        {"step": 1, "loss": 0.7, "rewards/chosen": 0.2, "margin": 0.1, "accuracy": 0.6},
+    ]
+    plot_losses(records, tmp_path / "loss.png")
+    _, rewards, accuracy = figures[0].axes
+    assert _lines(rewards) == {"chosen": ([1], [0.2]), "margin": ([1], [0.1])}
+    assert _lines(accuracy) == {"training": ([1], [0.6]), "a": ([0], [0.5])}
