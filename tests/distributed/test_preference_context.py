@@ -152,7 +152,7 @@ def test_step_of_two_ranks_is_that_of_one_process(
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
     for found_count, found_norm, metrics in (figures[name] for _, figures in ranks):
         assert found_count == count == (7 if name == "kto" else 3)
-        assert metrics["loss"] == pytest.approx(float(loss), rel=FP32_PARALLEL_RTOL)
+        assert metrics["loss"] == pytest.approx(loss.item(), rel=FP32_PARALLEL_RTOL)
         assert found_norm == pytest.approx(norm, rel=FP32_PARALLEL_RTOL)
         for metric in results[0].metrics:
             ratios = [r.metrics[metric] for r in results]

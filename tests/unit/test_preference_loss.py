@@ -137,7 +137,7 @@ def test_closed_forms(name: str, c: float, r: float) -> None:
     loss, form = CLOSED_FORMS[name]
     result, nll = _of_one_pair(loss, c, r)
     value, by_chosen, by_rejected = form(c, r)
-    assert float(result.loss_sum) == pytest.approx(value, rel=RTOL, abs=RTOL)
+    assert result.loss_sum.item() == pytest.approx(value, rel=RTOL, abs=RTOL)
     (gradient,) = torch.autograd.grad(result.loss_sum, nll)
     assert (-gradient).tolist() == pytest.approx([by_chosen, by_rejected], rel=1e-5, abs=RTOL)
 
@@ -152,9 +152,17 @@ def test_extreme_ratios_have_their_closed_form(name: str, c: float, r: float) ->
     batch = make_batch([[1], [1]], pairs=[(0, 1)], ref_logps=ref)
     result = make_objective(loss).loss(make_row(list(nll[:, None])), batch)
     value, by_chosen, by_rejected = form(c, r)
-    assert float(result.loss_sum) == pytest.approx(value, rel=RTOL, abs=RTOL)
+    assert result.loss_sum.item() == pytest.approx(value, rel=RTOL, abs=RTOL)
     (gradient,) = torch.autograd.grad(result.loss_sum, nll)
     assert (-gradient).tolist() == pytest.approx([by_chosen, by_rejected], rel=1e-5, abs=RTOL)
+
+
+def test_robust_loss_of_labels_flipped_by_chance_is_the_true_labels_loss() -> None:
+    share, c, r = 0.2, 1.7, -0.4
+    flipping = LossConfig(type="robust", beta=BETA, label_smoothing=share)
+    right, wrong = (_of_one_pair(flipping, *pair)[0].loss_sum.item() for pair in ((c, r), (r, c)))
+    true = _of_one_pair(LossConfig(beta=BETA), c, r)[0].loss_sum.item()
+    assert (1 - share) * right + share * wrong == pytest.approx(true, rel=RTOL)
 
 
 def test_odds_of_certain_answers_are_finite_and_have_a_gradient() -> None:
@@ -188,7 +196,7 @@ def test_where_policy_and_reference_are_equal(loss: LossConfig, at_start: float)
     row = make_row([nll[:17], nll[17:]])
     ref = answer_logps(row, make_batch(masks))
     result = make_objective(loss).loss(row, make_batch(masks, pairs=[(0, 1)], ref_logps=ref))
-    assert float(result.loss_sum) == pytest.approx(at_start, rel=RTOL)
+    assert result.loss_sum.item() == pytest.approx(at_start, rel=RTOL)
     assert float(result.metrics["rewards/margins"].sum) == 0.0, "exactly"
 
 
@@ -305,7 +313,8 @@ def test_sums_and_counts_do_not_depend_on_how_a_batch_is_cut(name: str) -> None:
 
     whole, _ = result_of([0, 1, 2])
     parts = [result_of(records)[0] for records in ([2], [0], [1])]
-    assert float(sum(p.loss_sum for p in parts)) == pytest.approx(float(whole.loss_sum), rel=RTOL)
+    total = sum(p.loss_sum.item() for p in parts)
+    assert total == pytest.approx(whole.loss_sum.item(), rel=RTOL)
     assert sum(int(p.count) for p in parts) == int(whole.count) == (6 if name == "kto" else 3)
     for metric, ratio in whole.metrics.items():
         found = [p.metrics[metric] for p in parts]
@@ -313,7 +322,7 @@ def test_sums_and_counts_do_not_depend_on_how_a_batch_is_cut(name: str) -> None:
         assert float(sum(r.count for r in found)) == pytest.approx(float(ratio.count))
     assert float(whole.metrics["train/one/loss"].count) == (4 if name == "kto" else 2)
     of_two = parts[2].metrics["train/two/loss"]
-    assert float(of_two.sum) == pytest.approx(float(parts[2].loss_sum), rel=RTOL)
+    assert float(of_two.sum) == pytest.approx(parts[2].loss_sum.item(), rel=RTOL)
     assert parts[2].metrics["train/one/loss"].count == 0
 
 
@@ -328,7 +337,7 @@ def test_a_ranking_counts_once(name: str) -> None:
     def mean_of(pairs: list[tuple[int, int]], weights: list[float]) -> tuple[float, int]:
         batch = _any_batch(name, masks, pairs=pairs, weights=weights)
         result = objective.loss(make_row(values), batch)
-        return float(result.loss_sum), int(result.count)
+        return result.loss_sum.item(), int(result.count)
 
     alone = [mean_of([p], [1.0])[0] for p in ranking + pair]
     total, count = mean_of(ranking + pair, [1 / 3] * 3 + [1.0])
@@ -406,7 +415,7 @@ def test_baseline_of_kto_has_no_gradient_and_is_told() -> None:
     row = make_row(list(torch.tensor([[1.0], [2.0], [3.0]], requires_grad=True)))
     result = make_objective(LossConfig(type="kto", beta=1.0)).loss(row, batch)
     expected = _sigma(1.4) + _sigma(2.4) + _sigma(-3.4)
-    assert float(result.loss_sum) == pytest.approx(expected, rel=RTOL)
+    assert result.loss_sum.item() == pytest.approx(expected, rel=RTOL)
     result.loss_sum.backward()
     assert baseline.grad is None
     kl = result.metrics["kl"]
@@ -451,7 +460,7 @@ def test_half_precision_rewards_are_compared_in_fp32() -> None:
     batch = make_batch([[1], [1]], pairs=[(0, 1)])
     result = BradleyTerry(LossConfig(use_margins=False)).loss(row, batch)
     assert result.loss_sum.dtype == torch.float32
-    assert float(result.loss_sum) == pytest.approx(_softplus(-0.5), rel=RTOL)
+    assert result.loss_sum.item() == pytest.approx(_softplus(-0.5), rel=RTOL)
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -185,7 +185,7 @@ def test_pair_losses_are_those_of_dpo_trainer(kind: str, ours: LossConfig, beta:
     pairs = [(i, i + PAIRS) for i in range(PAIRS)]
     output, batch = _ours(logps, completion, pairs=pairs, ref_logps=ref)
     result = make_objective(dataclasses.replace(ours, beta=beta)).loss(output, batch)
-    assert float(_mean(result)) == pytest.approx(float(theirs), rel=ATOL, abs=ATOL)
+    assert _mean(result).item() == pytest.approx(theirs.item(), rel=ATOL, abs=ATOL)
     torch.testing.assert_close(
         _gradient(_mean(result), logps), _gradient(theirs, logps), rtol=ATOL, atol=ATOL
     )
@@ -201,7 +201,7 @@ def test_length_normalised_hinge_is_trls_hinge_of_means_per_token() -> None:
     output, batch = _ours(logps, completion, pairs=pairs, ref_logps=ref)
     objective = make_objective(LossConfig(type="hinge", beta=3.0, length_normalized=True))
     mean = _mean(objective.loss(output, batch))
-    assert float(mean) == pytest.approx(float(theirs), abs=ATOL)
+    assert mean.item() == pytest.approx(theirs.item(), abs=ATOL)
     torch.testing.assert_close(
         _gradient(mean, logps), _gradient(theirs, logps), rtol=ATOL, atol=ATOL
     )
@@ -214,7 +214,7 @@ def test_label_smoothing_is_that_of_trls_smoothed_losses() -> None:
     theirs, _ = _dpo(["aot"], logps, completion, ref, beta=0.5, label_smoothing=0.3)
     output, batch = _ours(logps, completion, pairs=[(0, 1)], ref_logps=ref)
     mean = _mean(make_objective(LossConfig(beta=0.5, label_smoothing=0.3)).loss(output, batch))
-    assert float(mean) == pytest.approx(float(theirs), abs=ATOL)
+    assert mean.item() == pytest.approx(theirs.item(), abs=ATOL)
     torch.testing.assert_close(
         _gradient(mean, logps), _gradient(theirs, logps), rtol=ATOL, atol=ATOL
     )
@@ -227,7 +227,7 @@ def test_next_token_term_is_trls_where_chosen_answers_have_one_length() -> None:
     pairs = [(i, i + PAIRS) for i in range(PAIRS)]
     output, batch = _ours(logps, completion, pairs=pairs, ref_logps=ref)
     mean = _mean(make_objective(LossConfig(rpo_alpha=0.4)).loss(output, batch))
-    assert float(mean) == pytest.approx(float(theirs), abs=ATOL)
+    assert mean.item() == pytest.approx(theirs.item(), abs=ATOL)
     torch.testing.assert_close(
         _gradient(mean, logps), _gradient(theirs, logps), rtol=ATOL, atol=ATOL
     )
@@ -264,7 +264,7 @@ def _from_logits(trainer: Any, loss: LossConfig, **settings: Any) -> None:
     row = make_row([values[: len(mask)] for values, mask in zip(nll, masks, strict=True)])
     pairs = [(i, i + PAIRS) for i in range(PAIRS)]
     result = make_objective(loss).loss(row, make_batch(masks, pairs=pairs))
-    assert float(_mean(result)) == pytest.approx(float(theirs), abs=ATOL)
+    assert _mean(result).item() == pytest.approx(theirs.item(), abs=ATOL)
     torch.testing.assert_close(
         _gradient(_mean(result), logits), _gradient(theirs, logits), rtol=ATOL, atol=ATOL
     )
@@ -326,7 +326,7 @@ def test_kto_is_that_of_kto_trainer() -> None:
     output, batch = _ours(logps, completion, ref_logps=ref, desirable=good, baseline=baseline)
     loss = LossConfig(type="kto", beta=0.3, desirable_weight=1.3, undesirable_weight=0.6)
     result = make_objective(loss).loss(output, batch)
-    assert float(_mean(result)) == pytest.approx(float(theirs), abs=ATOL)
+    assert _mean(result).item() == pytest.approx(theirs.item(), abs=ATOL)
     torch.testing.assert_close(
         _gradient(_mean(result), logps), _gradient(theirs, logps), rtol=ATOL, atol=ATOL
     )
@@ -355,7 +355,7 @@ def test_reward_loss_is_that_of_reward_trainer(
     pairs = [(i, i + PAIRS) for i in range(PAIRS)]
     batch = make_batch([[1, 1, 1]] * (2 * PAIRS), pairs=pairs, margins=margins)
     result = BradleyTerry(LossConfig(center_rewards=center)).loss(row, batch)
-    assert float(_mean(result)) == pytest.approx(float(theirs), abs=ATOL)
+    assert _mean(result).item() == pytest.approx(theirs.item(), abs=ATOL)
     torch.testing.assert_close(
         _gradient(_mean(result), rewards), _gradient(theirs, rewards), rtol=ATOL, atol=ATOL
     )
