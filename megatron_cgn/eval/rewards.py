@@ -29,6 +29,7 @@ BINS = 10
 """Equal parts of the confidences, which lie between a half and one."""
 CALIBRATION_ERROR = "rewards/calibration_error"
 KENDALL_TAU = "rewards/kendall_tau"
+PREFERS_LONGER, CHOSEN_LONGER = "rewards/prefers_longer", "chosen_is_longer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,10 @@ class RewardScore:
     """How well held-out answers are told apart.
 
     Attributes:
-        metrics: ``loss`` and the objective's metrics; `CALIBRATION_ERROR`; and `KENDALL_TAU`, if
-            there are rankings of more than two answers.
+        metrics: ``loss`` and the objective's metrics; `CALIBRATION_ERROR`; `KENDALL_TAU`, if
+            there are rankings of more than two answers; and of pairs whose answers differ in
+            length, how often the longer one has the higher reward (`PREFERS_LONGER`), and how
+            often the data call it the better one (`CHOSEN_LONGER`).
         reliability: The bins that hold anything, the least sure first.
     """
 
@@ -85,7 +88,8 @@ def score_answers_by_reward(
     metrics = score_preferences(engine, batches, judged)
     # Every rank of a model-parallel group has the whole output, also under context parallelism.
     totals = sum_over_data(judged.totals / engine.state.cp_size, engine.state).cpu()
-    bins, (tau, rankings) = totals[:-2].view(BINS, 3), totals[-2:].tolist()
+    bins = totals[: 3 * BINS].view(BINS, 3)
+    tau, rankings, prefers, chosen, unequal = totals[3 * BINS :].tolist()
     reliability = tuple(
         Bin(prompts=weight, confidence=sure / weight, accuracy=right / weight)
         for weight, sure, right in bins.tolist()
@@ -95,6 +99,8 @@ def score_answers_by_reward(
         metrics[CALIBRATION_ERROR] = calibration_error(reliability)
     if rankings:
         metrics[KENDALL_TAU] = tau / rankings
+    if unequal:
+        metrics |= {PREFERS_LONGER: prefers / unequal, CHOSEN_LONGER: chosen / unequal}
     return RewardScore(metrics=metrics, reliability=reliability)
 
 
@@ -134,14 +140,15 @@ class _Judged:
     def __init__(self, objective: Objective[PreferenceBatch]) -> None:
         self._objective = objective
         self.unit = objective.unit
-        self.totals = torch.zeros(3 * BINS + 2, dtype=torch.float64)
+        self.totals = torch.zeros(3 * BINS + 5, dtype=torch.float64)
 
     def forward_args(self, batch: PreferenceBatch) -> ForwardArgs:
         return self._objective.forward_args(batch)
 
     def loss(self, output: Tensor, batch: PreferenceBatch) -> LossOutput:
         rewards = answer_rewards(output.detach(), batch).double()
-        self.totals += torch.cat((bin_sums(rewards, batch).flatten(), tau_sums(rewards, batch)))
+        sums = (bin_sums(rewards, batch).flatten(), tau_sums(rewards, batch))
+        self.totals += torch.cat((*sums, length_sums(rewards, batch)))
         return self._objective.loss(output, batch)
 
 
@@ -192,6 +199,26 @@ def tau_sums(rewards: Tensor, batch: PreferenceBatch) -> Tensor:
         agreement = float(difference.sign().sum())
         taus.append(agreement / (len(pairs) * unequal) ** 0.5 if unequal else 0.0)
     return torch.tensor([sum(taus), len(taus)], dtype=torch.float64)
+
+
+def length_sums(rewards: Tensor, batch: PreferenceBatch) -> Tensor:
+    """Count how often the longer of two answers is preferred.
+
+    Args:
+        rewards: Of the answers, float64 ``[A]``.
+        batch: The micro-batch.
+
+    Returns:
+        Float64 ``[3]``, weighted, of the pairs whose answers have different numbers of tokens: how
+        often the longer one has the higher reward (half of equal rewards), how often it is the
+        better one, and how many there are.
+    """
+    lengths = batch.cu_seqlens.diff()[: batch.num_answers]
+    longer = (lengths[batch.chosen] - lengths[batch.rejected]).sign().double()
+    higher = (rewards[batch.chosen] - rewards[batch.rejected]).sign()
+    weights = batch.weights.double() * longer.abs()
+    shares = torch.stack((0.5 * (1 + higher * longer), 0.5 * (1 + longer), torch.ones_like(longer)))
+    return (shares * weights).sum(1)
 
 
 def _rankings(batch: PreferenceBatch) -> Iterator[tuple[list[int], list[int]]]:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from train_runs import Ended, Zygote, records
 
 from megatron_cgn.config.schema import ParallelConfig
-from megatron_cgn.eval.rewards import BINS
+from megatron_cgn.eval.rewards import BINS, CHOSEN_LONGER, PREFERS_LONGER
 from megatron_cgn.parallel.state import initialize_parallel, shutdown_parallel
 from megatron_cgn.rollout.open import find_model, open_engine
 from megatron_cgn.rollout.score import score_conversations
@@ -120,6 +120,9 @@ def test_it_learns_which_answer_is_better(done: dict[str, Path], name: str) -> N
         assert after[f"val/{source}/margin"] > before[f"val/{source}/margin"] + 1.0
         assert after[f"val/{source}/loss"] < 0.3 < before[f"val/{source}/loss"]
         assert 0 <= after[f"val/{source}/rewards/calibration_error"] <= 1
+        if after[f"val/{source}/accuracy"] == 1:  # then rewards prefer what the data prefer
+            longer = [after[f"val/{source}/{m}"] for m in (PREFERS_LONGER, CHOSEN_LONGER)]
+            assert longer[0] == pytest.approx(longer[1])
     # With every pair the right way round, Kendall's tau is 1: twice the accuracy less one.
     tau, accuracy = (after[f"val/rankings/{m}"] for m in ("rewards/kendall_tau", "accuracy"))
     assert tau == pytest.approx(2 * accuracy - 1, abs=1e-6)

@@ -17,12 +17,13 @@ from megatron_cgn.eval.rewards import (
     RewardScore,
     bin_sums,
     calibration_error,
+    length_sums,
     tau_sums,
     write_reliability,
 )
 
 
-def _batch(ranks: list[list[int]]) -> PreferenceBatch:
+def _batch(ranks: list[list[int]], lengths: list[int] | None = None) -> PreferenceBatch:
     """The pairs of some rankings, one list of ranks a prompt; answers need no tokens here."""
     chosen, rejected, weights, first = [], [], [], 0
     for prompt in ranks:
@@ -42,7 +43,8 @@ def _batch(ranks: list[list[int]]) -> PreferenceBatch:
         loss_mask=nothing.float(),
         position_ids=nothing,
         answer_ids=nothing,
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        # And padding behind the answers.
+        cu_seqlens=torch.tensor([0, *itertools.accumulate([*(lengths or [1] * first), 9])]),
         last_places=torch.zeros(first, dtype=torch.int64),
         source_ids=torch.zeros(first, dtype=torch.int64),
         chosen=torch.tensor(chosen, dtype=torch.int64),
@@ -111,6 +113,16 @@ def test_known_correlations() -> None:
     assert taus.tolist() == pytest.approx([1.0 - 1.0 + 2 / math.sqrt(6), 3.0])
     # Pairs are no rankings.
     assert tau_sums(whole[:2], _batch([[1, 2]])).tolist() == [0.0, 0.0]
+
+
+def test_how_often_the_longer_answer_is_preferred() -> None:
+    # Pairs of equal length say nothing; equal rewards prefer it half the time.
+    lengths = [7, 5, 5, 7, 6, 6, 3, 2, 9, 8, 7]
+    batch = _batch([[1, 2], [1, 2], [1, 2], [1, 2], [1, 2, 3]], lengths)
+    rewards = torch.tensor([1, 0, 1, 0, 1, 0, 2, 2, 0, 1, -1], dtype=torch.float64)
+    # Of the last prompt's three pairs, the longer is higher in two, and better in all.
+    expected = [1 + 0 + 0.5 + 2 / 3, 1 + 0 + 1 + 1, 4]
+    assert length_sums(rewards, batch).tolist() == pytest.approx(expected)
 
 
 RANKING = st.lists(st.tuples(st.integers(1, 4), st.integers(-3, 3)), min_size=2, max_size=6)
