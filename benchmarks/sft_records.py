@@ -1,23 +1,14 @@
-"""Draws conversations as token ids, with the lengths that instruction data has.
+"""Draws conversations as token ids, with the lengths that instruction data has."""
 
-All contestants of `sft.py` are given the same ids and the same counted tokens.
-"""
-
-import json
 from pathlib import Path
 
 import numpy as np
-
-from tokenizer.wrapper import Tokenizer
-
-SAMPLES = Path(__file__).parents[1] / "samples"
-_PROMPT, _ANSWER = (45.0, 0.8), (115.0, 0.65)
-"""Median of the tokens and standard deviation of their logarithm, both log-normal: padded in
-batches of four, a third of the tokens is padding."""
-_SHORTEST, _LONGEST = 24, 512
+from records import ANSWER, PROMPT, Words, padding, within_limits, write_lines
 
 
-def write_records(path: Path, *, tokenizer: Path, count: int, seed: int) -> dict[str, float]:
+def write_conversations(
+    path: Path, *, tokenizer: Path, count: int, seed: int, batch: int
+) -> dict[str, float]:
     """Write conversations of one question and one answer, as ``{"input_ids", "labels"}`` a line.
 
     Text is that of the samples, cut anywhere. Labels are the ids, as `transformers` has them, and
@@ -28,45 +19,23 @@ def write_records(path: Path, *, tokenizer: Path, count: int, seed: int) -> dict
         tokenizer: Hugging Face directory of a model with ChatML's tokens.
         count: How many.
         seed: Draws lengths and places.
+        batch: Conversations that are padded to one length.
 
     Returns:
-        ``tokens`` and ``counted`` tokens on average, and ``padding``: its share in batches of 4.
+        ``tokens`` and ``counted`` tokens on average, and ``padding``: its share in such batches.
     """
-    encode = Tokenizer.from_pretrained(tokenizer).encode
-    texts = [
-        json.loads(line)["text"]
-        for name in ("domain_zh.jsonl", "domain_en.jsonl", "general.jsonl")
-        for line in (SAMPLES / name).read_text().splitlines()
-    ]
-    stream = np.array([i for text in texts for i in encode(text)])
-    before, between = encode("<|im_start|>user\n"), encode("<|im_end|>\n<|im_start|>assistant\n")
-    end = encode("<|im_end|>")
-    draw = np.random.default_rng(seed)
-    lengths, counted = [], 0
-    with path.open("w") as file:
-        for _ in range(count):
-            question, answer = (
-                int(draw.lognormal(np.log(median), deviation))
-                for median, deviation in (_PROMPT, _ANSWER)
-            )
-            total = min(max(question + answer, _SHORTEST), _LONGEST)
-            question = max(1, min(question, total // 2))
-            place = int(draw.integers(len(stream) - _LONGEST))
-            words = stream[place : place + total].tolist()
-            prompt = [*before, *words[:question], *between]
-            reply = [*words[question:], *end]
-            record = {"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply}
-            file.write(json.dumps(record) + "\n")
-            lengths.append(len(prompt) + len(reply))
-            counted += len(reply)
-    batches = np.array(lengths[: count // 4 * 4]).reshape(-1, 4)
+    words = Words(tokenizer, seed=seed)
+    records = []
+    for _ in range(count):
+        question, answer = within_limits(
+            *(int(words.draw.lognormal(np.log(m), deviation)) for m, deviation in (PROMPT, ANSWER))
+        )
+        prompt, reply = words.prompt(question), words.answer(answer)
+        records.append({"input_ids": prompt + reply, "labels": [-100] * len(prompt) + reply})
+    write_lines(path, records)
+    lengths = np.array([len(record["input_ids"]) for record in records])
     return {
-        "tokens": float(np.mean(lengths)),
-        "counted": counted / count,
-        "padding": 1.0 - float(batches.sum() / (4 * batches.max(axis=1)).sum()),
+        "tokens": float(lengths.mean()),
+        "counted": sum(label != -100 for r in records for label in r["labels"]) / count,
+        "padding": padding(lengths, batch=batch),
     }
-
-
-def read_records(path: Path) -> list[dict[str, list[int]]]:
-    """Read what `write_records` wrote."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
