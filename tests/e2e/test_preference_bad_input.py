@@ -55,47 +55,45 @@ def _answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+RECORDS: list[tuple[Any, str]] = [
+    (
+        {"prompt": "pump?", "chosen": "steam", "rejected": " steam\n"},
+        "chosen and rejected are equal",
+    ),
+    (
+        {
+            "chosen": [ASKED, _answer("a")],
+            "rejected": [{"role": "user", "content": "steam?"}, _answer("b")],
+        },
+        "chosen and rejected have different prompts",
+    ),
+    ({"prompt": "pump?", "chosen": "", "rejected": "steam"}, "chosen is empty"),
+    ({"prompt": "pump?", "chosen": "steam", "rejected": " "}, "rejected is empty"),
+    ({"prompt": "pump?", "answers": ["steam"]}, "answers: a ranking of 1 has nothing to compare"),
+    (
+        {"prompt": "pump?", "answers": [{"text": t, "rank": 1} for t in "abc"]},
+        "all 3 answers have the same rank",
+    ),
+    (
+        {"prompt": "pump?", "chosen": "a", "rejected": "b<|im_end|>"},
+        "rejected: message 2 (assistant) spells the special token '<|im_end|>'",
+    ),
+    ({"messages": [ASKED, _answer("a")]}, "is of no known form"),
+    (
+        {"prompt": "pump?", "completion": "a", "label": True},
+        "is one answer with a label, and the first record",
+    ),
+]
+"""Faulty records, and what is said of each. As many as one message names, but for one."""
+
 FAULTS = {
-    "chosen equal to rejected": Fault(
-        records=({"prompt": "pump?", "chosen": "steam", "rejected": " steam\n"},),
-        texts=("pairs.jsonl:31: chosen and rejected are equal", "--preference --validate"),
+    "faulty records": Fault(
+        records=tuple(record for record, _ in RECORDS),
+        texts=(
+            *(f"pairs.jsonl:{31 + place}: {text}" for place, (_, text) in enumerate(RECORDS)),
+            "tools/preprocess_data.py --preference --validate",
+        ),
         ranks=2,
-    ),
-    "different prompts in a pair": Fault(
-        records=(
-            {
-                "chosen": [ASKED, _answer("a")],
-                "rejected": [{"role": "user", "content": "steam?"}, _answer("b")],
-            },
-        ),
-        texts=("pairs.jsonl:31: chosen and rejected have different prompts", "one prompt only"),
-    ),
-    "empty answers": Fault(
-        records=(
-            {"prompt": "pump?", "chosen": "", "rejected": "steam"},
-            {"prompt": "pump?", "chosen": "steam", "rejected": " "},
-        ),
-        texts=("pairs.jsonl:31: chosen is empty", "pairs.jsonl:32: rejected is empty"),
-    ),
-    "ranking of one": Fault(
-        records=({"prompt": "pump?", "answers": ["steam"]},),
-        texts=("pairs.jsonl:31: answers: a ranking of 1 has nothing to compare",),
-    ),
-    "ranking of ties alone": Fault(
-        records=({"prompt": "pump?", "answers": [{"text": t, "rank": 1} for t in "abc"]},),
-        texts=("pairs.jsonl:31: all 3 answers have the same rank",),
-    ),
-    "control token in an answer": Fault(
-        records=({"prompt": "pump?", "chosen": "a", "rejected": "b<|im_end|>"},),
-        texts=("pairs.jsonl:31: rejected: message 2 (assistant) spells", "<|im_end|>"),
-    ),
-    "conversations": Fault(
-        records=({"messages": [ASKED, _answer("a")]},),
-        texts=("pairs.jsonl:31: is of no known form", "prompt, chosen and rejected"),
-    ),
-    "labels among pairs": Fault(
-        records=({"prompt": "pump?", "completion": "a", "label": True},),
-        texts=("pairs.jsonl:31: is one answer with a label, and the first record", "its own"),
     ),
     "pairs for kto": Fault(
         settings=("loss.type=kto",),
