@@ -1,14 +1,16 @@
-"""Show the whole way on a small machine: pre-train, tune to instructions, export, reopen, report.
+"""Show the whole way on a small machine: pre-train, tune, learn preferences, reopen, report.
 
     make quickstart          # or, in .venv: python tools/quickstart.py
 
 Takes the bundled bilingual samples and SmolLM2-135M-Instruct, trains on two CPU processes with
-two pipeline stages, first on documents, then with adapters on questions and answers, and writes
-``runs/quickstart/report.md``. Every figure in the report is measured in that run.
+two pipeline stages on documents, then with adapters on questions and answers, then, with adapters
+again, on pairs of answers of which one is better (DPO), and writes ``runs/quickstart/report.md``.
+Every figure in the report is measured in that run.
 
-Settings of train.py change the first part as they are, and the second behind ``--sft``:
+Settings of train.py change the first part as they are, the second behind ``--sft`` and the third
+behind ``--dpo``:
 
-    make quickstart ARGS="train.train_iters=5 --sft train.epochs=1"
+    make quickstart ARGS="train.train_iters=5 --sft train.epochs=1 --dpo loss.beta=0.2"
 """
 
 import argparse
@@ -22,15 +24,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quickstart_data import (
+    HELD_OUT_PREFERENCES,
+    PREFERENCES,
     ROOT,
+    SAMPLES,
     Question,
     conversation_sources,
     divide_held_out,
     document_sources,
     index_documents,
+    preference_sources,
     questions,
 )
 from quickstart_models import AdapterCheck, Reopened, check_adapter
+from quickstart_preferences import Preferences, read_pairs, score_pairs
 from quickstart_report import Answers, Findings, write_report
 
 MARK = ".quickstart"
@@ -56,7 +63,7 @@ def main() -> int:
     quiet_dependencies()
     try:
         _make_room(output_dir, model)
-        findings = _run(model, output_dir, args.overrides, args.sft)
+        findings = _run(model, output_dir, args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -67,7 +74,7 @@ def main() -> int:
     passed = write_report(output_dir, findings)
     print((output_dir / "report.md").read_text("utf-8"))
     print(f"report: {output_dir / 'report.md'}")
-    print(f"chat:   python tools/generate.py --chat --model {output_dir / 'sft/export'}")
+    print(f"chat:   python tools/generate.py --chat --model {output_dir / 'dpo/export'}")
     return 0 if passed else 1
 
 
@@ -81,33 +88,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sft", nargs="+", default=[], metavar="OVERRIDE", help="passed on to train.py +stage=sft"
     )
+    parser.add_argument(
+        "--dpo", nargs="+", default=[], metavar="OVERRIDE", help="passed on to train.py +stage=dpo"
+    )
     return parser
 
 
-def _run(model: Path, output_dir: Path, overrides: list[str], sft: list[str]) -> Findings:
+def _run(model: Path, output_dir: Path, args: argparse.Namespace) -> Findings:
     """Take every step; how long each took is among what is found."""
     seconds: dict[str, float] = {}
     data_dir = output_dir / "data"
-    with _step("1/5", "indexing the bundled documents", seconds):
+    with _step("1/7", "indexing the bundled documents", seconds):
         documents = index_documents(model, data_dir)
-        conversations = divide_held_out(data_dir)
-    with _step("2/5", "continual pre-training on 2 processes, 2 pipeline stages", seconds):
+        samples = divide_held_out(data_dir)
+    with _step("2/7", "continual pre-training on 2 processes, 2 pipeline stages", seconds):
         sources = document_sources(data_dir)
-        _train("cpt", "quickstart", model, sources, output_dir, overrides)
+        _train("cpt", "quickstart", model, sources, output_dir, args.overrides)
         _check_written(output_dir, "export/config.json")
-    pretrained, tuned = output_dir / "export", output_dir / "sft"
-    with _step("3/5", "instruction tuning with adapters (LoRA) on what came out of it", seconds):
+    pretrained, tuned, aligned = (output_dir / name for name in ("export", "sft", "dpo"))
+    with _step("3/7", "instruction tuning with adapters (LoRA) on what came out of it", seconds):
         # FP32 export: then adapter and merged export must agree to FP32's accuracy.
-        settings = ["export.dtype=fp32", *sft]
+        settings = ["export.dtype=fp32", *args.sft]
         sources = conversation_sources(data_dir)
         _train("sft", "sft_quickstart", pretrained, sources, tuned, settings)
         _check_written(tuned, "export/config.json", "adapter/adapter_config.json")
-    with _step("4/5", "asking the base, pre-trained and tuned models in transformers", seconds):
+    with _step("4/7", "preference learning (DPO) with adapters on what came out of that", seconds):
+        # FP32 export: then `transformers` must give its answers what training gave them.
+        settings = ["export.dtype=fp32", *args.dpo]
+        sources = preference_sources(data_dir)
+        _train("dpo", "dpo_quickstart", tuned / "export", sources, aligned, settings)
+        _check_written(aligned, "export/config.json")
+    models = (model, pretrained, tuned / "export", aligned / "export")
+    with _step("5/7", "asking every model in transformers", seconds):
         asked = questions()
-        answers = [_ask(path, asked) for path in (model, pretrained, tuned / "export")]
-    with _step("5/5", "opening the adapter in peft", seconds):
+        answers = [_ask(path, asked) for path in models]
+    with _step("6/7", "scoring held-out pairs in transformers, before and after", seconds):
+        preferences = _score_preferences(*models[2:])
+    with _step("7/7", "opening the adapter in peft", seconds):
         check = _check_adapter(pretrained, tuned, asked)
-    return Findings(documents, conversations, PROMPTS, asked, answers, check, seconds)
+    return Findings(documents, samples, PROMPTS, asked, answers, check, preferences, seconds)
 
 
 @contextmanager
@@ -167,6 +186,12 @@ def _ask(directory: Path, asked: Sequence[Question]) -> Answers:
         [opened.continue_text(prompt) for prompt in PROMPTS],
         [opened.answer(question.text) for question in asked],
     )
+
+
+def _score_preferences(before: Path, after: Path) -> Preferences:
+    pairs = read_pairs(HELD_OUT_PREFERENCES)
+    trained = sum(len(read_pairs(SAMPLES / file)) for file in PREFERENCES.values())
+    return Preferences(trained, pairs, score_pairs(before, pairs), score_pairs(after, pairs))
 
 
 def _check_adapter(base: Path, tuned: Path, asked: Sequence[Question]) -> AdapterCheck:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,14 @@ SOURCES = {
 CONVERSATIONS = {"zh": "sft_zh.jsonl", "en": "sft_en.jsonl"}
 """Conversations: file by language, which is the source's name."""
 HELD_OUT_CONVERSATIONS = SAMPLES / "sft_held_out.jsonl"
+PREFERENCES = {"zh": "preference_zh.jsonl", "en": "preference_en.jsonl"}
+"""Pairs of answers: file by language, which is the source's name."""
+HELD_OUT_PREFERENCES = SAMPLES / "preference_held_out.jsonl"
 _HELD_OUT = 0.1
 _ASKED = ("sft-held-out-0001", "sft-held-out-0015", "sft-held-out-0028")
 """A Chinese question, one that only a plant's documents answer, and an English one."""
+_ASKED_PAIR = "pref-held-out-0031"
+"""One that asks for leave to do something unsafe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,42 +77,64 @@ def document_sources(data_dir: Path) -> str:
 
 
 def divide_held_out(data_dir: Path) -> dict[str, int]:
-    """Write the held-out conversations of each language into a file of their own.
+    """Write held-out conversations and pairs of each language into files of their own.
 
     Args:
         data_dir: An existing folder.
 
     Returns:
-        How many conversations there are, by what they are: ``zh_train``, ``zh_held_out``, ….
+        How many there are, by what they are: ``sft_zh_train``, ``preference_en_held_out``, ….
     """
     counts: Counter[str] = Counter()
-    held_out = HELD_OUT_CONVERSATIONS.read_text("utf-8").splitlines()
-    for language, file in CONVERSATIONS.items():
-        chosen = [line for line in held_out if json.loads(line)["lang"] == language]
-        _write(_held_out_path(data_dir, language), chosen)
-        counts[f"{language}_train"] = len((SAMPLES / file).read_text("utf-8").splitlines())
-        counts[f"{language}_held_out"] = len(chosen)
+    for kind, files, held_out in (
+        ("sft", CONVERSATIONS, HELD_OUT_CONVERSATIONS),
+        ("preference", PREFERENCES, HELD_OUT_PREFERENCES),
+    ):
+        lines = held_out.read_text("utf-8").splitlines()
+        for language, file in files.items():
+            chosen = [line for line in lines if json.loads(line)["lang"] == language]
+            _write(_held_out_path(data_dir, kind, language), chosen)
+            known = len((SAMPLES / file).read_text("utf-8").splitlines())
+            counts[f"{kind}_{language}_train"] = known
+            counts[f"{kind}_{language}_held_out"] = len(chosen)
     return dict(counts)
 
 
 def conversation_sources(data_dir: Path) -> str:
     """Write ``data.sources`` of instruction tuning as an override."""
-    return ",".join(
-        f"{{name:{language},path:'{SAMPLES / file}',"
-        f"validation_path:'{_held_out_path(data_dir, language)}'}}"
-        for language, file in CONVERSATIONS.items()
-    )
+    return _sources(data_dir, "sft", CONVERSATIONS)
+
+
+def preference_sources(data_dir: Path) -> str:
+    """Write ``data.sources`` of preference learning as an override."""
+    return _sources(data_dir, "preference", PREFERENCES)
 
 
 def questions() -> list[Question]:
     """Read the held-out questions that the report shows answers to."""
-    lines = HELD_OUT_CONVERSATIONS.read_text("utf-8").splitlines()
-    by_id = {record["id"]: record for record in map(json.loads, lines)}
-    return [Question(by_id[i]["instruction"], by_id[i]["output"]) for i in _ASKED]
+    records = _by_id(HELD_OUT_CONVERSATIONS)
+    pair = _by_id(HELD_OUT_PREFERENCES)[_ASKED_PAIR]
+    return [
+        *(Question(records[i]["instruction"], records[i]["output"]) for i in _ASKED),
+        Question(pair["prompt"], pair["chosen"]),
+    ]
 
 
-def _held_out_path(data_dir: Path, language: str) -> Path:
-    return data_dir / f"sft_{language}_held_out.jsonl"
+def _sources(data_dir: Path, kind: str, files: Mapping[str, str]) -> str:
+    return ",".join(
+        f"{{name:{language},path:'{SAMPLES / file}',"
+        f"validation_path:'{_held_out_path(data_dir, kind, language)}'}}"
+        for language, file in files.items()
+    )
+
+
+def _held_out_path(data_dir: Path, kind: str, language: str) -> Path:
+    return data_dir / f"{kind}_{language}_held_out.jsonl"
+
+
+def _by_id(path: Path) -> dict[str, dict[str, Any]]:
+    records = map(json.loads, path.read_text("utf-8").splitlines())
+    return {record["id"]: record for record in records}
 
 
 def _is_held_out(document_id: str) -> bool:

@@ -19,6 +19,20 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """How likely an answer is, with the token that ends it."""
+
+    logprob: float
+    """Sum over its tokens, in nats."""
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Log-probability of a token."""
+        return self.logprob / self.tokens
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterCheck:
     """How the adapter on its base compares with the export that it was added to."""
 
@@ -69,12 +83,41 @@ class Reopened:
         following = inputs["input_ids"][0, 1:, None]
         return logits.log_softmax(-1).gather(-1, following)[:, 0]
 
+    def score_answer(self, prompt: Sequence[dict[str, str]], answer: str) -> AnswerScore:
+        """Score an answer and the token that ends it, not the prompt.
+
+        Args:
+            prompt: Messages, the last one the user's.
+            answer: What the assistant says.
+        """
+        import torch
+
+        said = [*prompt, {"role": "assistant", "content": answer}]
+        first = self._encode(prompt, add_generation_prompt=True)["input_ids"].shape[1]
+        inputs = self._encode(said)
+        ids = inputs["input_ids"][0]
+        # A template may go on behind the token that ends the turn.
+        last = int((ids == self.tokenizer.eos_token_id).nonzero()[-1])
+        with torch.inference_mode():
+            logits = self.model(**inputs).logits[0, first - 1 : last]
+        following = ids[first : last + 1, None]
+        logprobs = logits.log_softmax(-1).gather(-1, following)
+        return AnswerScore(float(logprobs.sum()), len(following))
+
     def _conversation(self, question: str, answer: str | None = None) -> Any:
         messages = [{"role": "user", "content": question}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
+        return self._encode(messages, add_generation_prompt=answer is None)
+
+    def _encode(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False
+    ) -> Any:
         return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=answer is None, return_tensors="pt", return_dict=True
+            list(messages),
+            add_generation_prompt=add_generation_prompt,
+            return_tensors="pt",
+            return_dict=True,
         )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from quickstart_data import CONVERSATIONS, SOURCES, Question
 from quickstart_models import AdapterCheck, Answer
+from quickstart_preferences import Preferences, report_preferences
 
 GENERAL_BOUND = 0.05
 """Held-out general bits per byte may rise by this share at most."""
 ADAPTER_BOUND = 1e-3
 """Nats. Adding the adapter to the weights first only changes the order of FP32 additions."""
-MODELS = ("base", "after pre-training", "after tuning")
+MODELS = ("base", "after pre-training", "after tuning", "after preferences")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Findings:
 
     documents: dict[str, dict[str, Any]]
     """Documents, tokens and bytes by the index's name."""
-    conversations: dict[str, int]
-    """Conversations by language and part."""
+    samples: dict[str, int]
+    """Conversations and pairs by language and part."""
     prompts: tuple[str, ...]
     """Beginnings of texts."""
     asked: list[Question]
@@ -44,6 +45,8 @@ class Findings:
     answers: list[Answers]
     """Of every one of `MODELS`."""
     adapter: AdapterCheck
+    """Of instruction tuning."""
+    preferences: Preferences
     seconds: dict[str, float]
     """How long each step took, by what it was."""
 
@@ -52,22 +55,25 @@ def write_report(output_dir: Path, findings: Findings) -> bool:
     """Write ``report.md``.
 
     Args:
-        output_dir: Of the quickstart, with pre-training's ``metrics.jsonl`` in it and tuning's in
-            ``sft``.
+        output_dir: Of the quickstart, with pre-training's ``metrics.jsonl`` in it and those of the
+            other stages in ``sft`` and ``dpo``.
         findings: The rest.
 
     Returns:
-        Whether the domain improved, general text held, tuning improved held-out answers, and the
-        adapter opens as what was exported.
+        Whether the domain improved, general text held, tuning improved held-out answers, the
+        adapter opens as what was exported, and preference learning raised held-out margins.
     """
     from megatron_cgn.engine.metrics import read_records
 
     pretraining, pretrained_well = _pretraining(read_records(output_dir / "metrics.jsonl"))
     tuning, tuned_well = _tuning(read_records(output_dir / "sft/metrics.jsonl"), findings)
-    parts = [_heading(findings), pretraining, tuning, _answers(findings), _details(findings)]
+    comparing, compared_well = _comparing(read_records(output_dir / "dpo/metrics.jsonl"), findings)
+    parts = [
+        _heading(findings), pretraining, tuning, comparing, _answers(findings), _details(findings)
+    ]  # fmt: skip
     text = "\n".join(line for part in parts for line in part) + "\n"
     (output_dir / "report.md").write_text(text, "utf-8")
-    return pretrained_well and tuned_well
+    return pretrained_well and tuned_well and compared_well
 
 
 def _heading(findings: Findings) -> list[str]:
@@ -132,6 +138,14 @@ def _tuning(records: list[dict[str, Any]], findings: Findings) -> tuple[list[str
     return lines, better and agrees
 
 
+def _comparing(records: list[dict[str, Any]], findings: Findings) -> tuple[list[str], bool]:
+    from megatron_cgn.engine.metrics import before_after_table
+
+    return report_preferences(
+        records, findings.preferences, table=before_after_table(records), speed=_speed(records)
+    )
+
+
 def _answers(findings: Findings) -> list[str]:
     """The same greedy answers of all models, beside the one that was written for the sample."""
     lines = ["## Answers in `transformers` (greedy, held-out questions)", ""]
@@ -162,9 +176,9 @@ def _details(findings: Findings) -> list[str]:
             for name, c in findings.documents.items()
         ),
         "",
-        "| conversations | |",
+        "| samples | |",
         "| --- | --- |",
-        *(f"| {name} | {count} |" for name, count in findings.conversations.items()),
+        *(f"| {name} | {count} |" for name, count in findings.samples.items()),
         "",
         "## Time",
         "",

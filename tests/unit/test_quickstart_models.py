@@ -107,3 +107,23 @@ def test_an_answer_says_whether_it_ended(
     monkeypatch.setattr(opened.model.generation_config, "eos_token_id", [2, first])
     answer = opened.answer(ASKED[0][0])
     assert answer.ended and len(answer.text) < len(cut.text)
+
+
+def test_an_answer_is_scored_with_its_end_and_without_its_prompt(
+    models: ModuleType, directories: Path
+) -> None:
+    opened = models.Reopened(directories / "base")
+    question, answer = ASKED[0]
+    prompt = [{"role": "user", "content": question}]
+    found = opened.score_answer(prompt, answer)
+    counted = opened.tokenizer(answer + "<|im_end|>")["input_ids"]
+    beginning = opened.tokenizer.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=False
+    )
+    ids = opened.tokenizer(beginning)["input_ids"] + counted
+    labels = [-100] * (len(ids) - len(counted)) + counted
+    with torch.no_grad():
+        mean = opened.model(torch.tensor([ids]), labels=torch.tensor([labels])).loss
+    assert found.tokens == len(counted)
+    assert found.mean == pytest.approx(-float(mean), abs=FP32_SUMMATION)
+    assert found.logprob == pytest.approx(found.mean * found.tokens)
