@@ -126,6 +126,9 @@ class ReferenceStore:
                 with new_folder(folder) as temporary:
                     text = json.dumps({"facts": facts, "about": about}, indent=1)
                     (temporary / _FACTS).write_text(text, "utf-8")
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        try:
             written = read_facts(folder)
             if different := differing(written, facts):
                 raise DataError(
@@ -135,9 +138,9 @@ class ReferenceStore:
             return cls(folder, readings=readings, counted=counted)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{folder}: cannot read or start the reference log-probabilities ({error}). Delete "
-                "this folder, which is scored again, or set data.cache_dir to a directory that can "
-                "be read and written."
+                f"{folder}: cannot read the reference log-probabilities ({error}). Delete this "
+                "folder, which is scored again, or set data.cache_dir to a directory that can be "
+                "read and written."
             ) from error
 
     def __enter__(self) -> Self:
@@ -151,7 +154,7 @@ class ReferenceStore:
             os.fsync(descriptor)
         except OSError as error:
             if kind is None:
-                raise self._unwritable(error) from error
+                raise _unwritable(self._folder, error) from error
         finally:
             os.close(descriptor)
 
@@ -178,7 +181,7 @@ class ReferenceStore:
         try:
             self._append(block)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise _unwritable(self._folder, error) from error
         self.logps[answers] = logps
 
     def _append(self, block: bytes) -> None:
@@ -193,13 +196,6 @@ class ReferenceStore:
             os.fsync(self._descriptor)
             self._synced = time.monotonic()
 
-    def _unwritable(self, error: OSError) -> DataError:
-        return DataError(
-            f"{self._folder}: cannot write the reference log-probabilities "
-            f"({error.strerror or error}). Make room there and start the run again: it goes on "
-            "with those that were kept. Or set data.cache_dir to a directory that can be written."
-        )
-
     def _take(self, block: npt.NDArray[np.void], others: npt.NDArray[np.bool_]) -> None:
         """Take over the scores of a block that are of this reading and not known yet."""
         block = block[(block["answer"] >= 0) & (block["answer"] < len(self.logps))]
@@ -210,6 +206,14 @@ class ReferenceStore:
         block, answers = block[same], answers[same]
         new = np.isnan(self.logps[answers])
         self.logps[answers[new]] = block["logp"][new]
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{folder}: cannot write the reference log-probabilities ({error.strerror or error}). Make "
+        "room there and start the run again: it goes on with those that were kept. Or set "
+        "data.cache_dir to a directory that can be written."
+    )
 
 
 def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

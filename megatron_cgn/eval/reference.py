@@ -181,9 +181,11 @@ def _look(books: ReferenceCache, scored: Scored, wanted: Numbers, cache: Path) -
     line = f"reference: {len(wanted):,} {scored.name}, {tokens:,} tokens"
     if not len(missing):
         return _Found(logps=logps, missing=missing, lines=[f"{line}: all found in {cache}"])
-    known = f"; {len(wanted) - len(missing):,} found in {cache}, scoring the other"
-    lines = [f"{line}{known} {len(missing):,}, {left:,} tokens:", *books.reasons(missing)]
-    return _Found(logps=logps, missing=missing, lines=lines)
+    if known := len(wanted) - len(missing):
+        line += f"; {known:,} found in {cache}, scoring {len(missing):,} more, {left:,} tokens:"
+    else:
+        line += f"; none found in {cache}, scoring all:"
+    return _Found(logps=logps, missing=missing, lines=[line, *books.reasons(missing)])
 
 
 class _Scoring:

@@ -3,6 +3,7 @@
 The expected values are computed answer by answer, without rows, caches or processes.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -34,7 +35,7 @@ from megatron_cgn.config.schema import ParallelConfig
 from megatron_cgn.eval import reference
 from megatron_cgn.eval.reference import reference_scores
 from megatron_cgn.parallel.state import shutdown_parallel
-from megatron_cgn.testing import run_distributed, tiny_hf_model
+from megatron_cgn.testing import free_port, run_distributed, tiny_hf_model
 
 ATOL = 1e-5
 """FP32 log-probability of a counted token against `transformers`: other kernels and row shapes,
@@ -55,17 +56,17 @@ def layout(tp: int = 1, pp: int = 1, cp: int = 1, vp: int | None = None, **rest:
 
 CASES = {
     "one": ReferenceCase(),
-    "wide": ReferenceCase(micro_batch_size=5),
-    "dp2": ReferenceCase(world=2),
     "dp4-wide": ReferenceCase(world=4, micro_batch_size=3),
     "tp2-sp": ReferenceCase(world=2, parallel=layout(tp=2, sequence_parallel=True)),
     "cp2": ReferenceCase(world=2, parallel=layout(cp=2), micro_batch_size=2),
     "pp2-interleaved": ReferenceCase(world=2, parallel=layout(pp=2, vp=2)),
     "tp2-pp2": ReferenceCase(world=4, parallel=layout(tp=2, pp=2)),
     "dp2-cp2": ReferenceCase(world=4, parallel=layout(cp=2)),
-    "dp2-pp2": ReferenceCase(world=4, parallel=layout(pp=2)),
     "lora-off": ReferenceCase(world=2, parallel=layout(tp=2), lora=LORA),
 }
+
+SHARED = ReferenceCase(world=2, parallel=layout(pp=2), cache="tp2-pp2")
+"""Finds what another layout has scored."""
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +96,12 @@ def adapter(root: Path, model: Path) -> Path:
 @pytest.fixture(scope="module")
 def ranks(root: Path, model: Path, adapter: Path) -> list[dict[str, Any]]:
     adapted = ReferenceCase(world=2, parallel=layout(pp=2), adapted=True, lora=_with_path(adapter))
-    cases = {**CASES, "lora-on": adapted}
+    cases = {**CASES, "shared": SHARED, "lora-on": adapted}
     found: list[dict[str, Any]] = run_distributed(run_cases, 4, cases, model, root, warm=True)
     return found
 
 
 def _with_path(adapter: Path) -> Any:
-    import dataclasses
-
     return dataclasses.replace(LORA, alpha=8.0, adapter_path=str(adapter))
 
 
@@ -162,20 +161,26 @@ def test_what_is_scored_and_why_is_told_once(ranks: list[dict[str, Any]], name: 
     rest = f"{lengths.sum() - lengths[FIRST].sum():,}"
     lines = [re.sub(r" in \S+/", " in ", line) for line in first.lines]
     cache = name
-    assert lines[0] == (
-        f"reference: {len(FIRST)} answers, {some} tokens; 0 found in {cache}, scoring the other "
-        f"{len(FIRST)}, {some} tokens:"
-    )
+    begin = f"reference: {len(FIRST)} answers, {some} tokens; none found in {cache}, scoring all:"
+    assert lines[0] == begin
     assert lines[1:3] == [
         f"  file-{n}.jsonl: {number}: not scored before" for n, number in ((0, 7), (1, 5))
     ]
     assert lines[3].startswith(f"reference: scored {some} tokens in ")
     assert lines[4] == (
         f"reference: {len(EVERY)} answers, {tokens} tokens; {len(FIRST)} found in {cache}, scoring "
-        f"the other {len(EVERY) - len(FIRST)}, {rest} tokens:"
+        f"{len(EVERY) - len(FIRST)} more, {rest} tokens:"
     )
     assert "those that no run before needed or finished" in lines[5]
     assert lines[-1] == f"reference: {len(EVERY)} answers, {tokens} tokens: all found in {cache}"
+
+
+def test_another_layout_uses_the_same_scores(ranks: list[dict[str, Any]]) -> None:
+    first = ranks[0]["shared"]
+    assert all("all found in" in line for line in first.lines) and len(first.lines) == 3
+    for outcome in (first, ranks[1]["shared"]):
+        assert np.array_equal(outcome.every, ranks[0]["tp2-pp2"].every)
+        assert np.array_equal(outcome.first, outcome.every)
 
 
 def test_a_baseline_is_the_mean_over_mismatched_answers(
@@ -230,8 +235,6 @@ def _killed(model: Path, cache: Path, port: int) -> None:
 def test_a_killed_run_goes_on_where_it_was(
     root: Path, model: Path, base: Tensor, ranks: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    from megatron_cgn.testing import free_port
-
     context = multiprocessing.get_context("forkserver")
     process = context.Process(target=_killed, args=(model, tmp_path, free_port()))
     process.start()
