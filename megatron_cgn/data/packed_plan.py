@@ -51,6 +51,8 @@ class PackedPlan:
 
     unit: ClassVar[str] = "conversations"
     """What is packed, for messages and accounts."""
+    void: ClassVar[str] = "with no token that counts"
+    """What is said of those that are left out for having nothing to learn."""
 
     @property
     def total_steps(self) -> int:

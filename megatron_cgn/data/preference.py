@@ -77,6 +77,8 @@ class PreferencePlan(PackedPlan):
 
     unit: ClassVar[str] = "records"
     """What is packed, for messages and accounts."""
+    void: ClassVar[str] = "with an answer of which no token counts, or answers read alike"
+    """What is said of those that are left out for having nothing to learn."""
 
     @property
     def num_answers(self) -> int:

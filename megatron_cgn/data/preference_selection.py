@@ -3,7 +3,8 @@
 All answers of a record share a sequence, so together they must not take more than
 ``data.seq_length`` places. Of a record that does, ``chat.truncation`` leaves nothing (``drop``,
 ``error``), or each answer its share of the sequence: ``data.seq_length`` over the number of
-answers. A record is left out too if nothing counts in what would be read of one of its answers.
+answers. A record is left out too if nothing counts in what would be read of one of its answers, or
+if answers that are compared would be read alike.
 """
 
 import dataclasses
@@ -92,6 +93,9 @@ def select_records(store: PreferenceStore, reading: Reading) -> RecordSelection:
     state[long] = TRUNCATED if reading.truncation in ("keep_start", "keep_end") else TOO_LONG
     void = np.add.reduceat(answers.counted == 0, bounds[:-1], dtype=np.int64) > 0
     state[void & (state != TOO_LONG)] = NOTHING_COUNTED
+    for record in np.flatnonzero(state == TRUNCATED).tolist():
+        if _alike(store, record, answers, reading):
+            state[record] = NOTHING_COUNTED
     return RecordSelection(
         answers=answers,
         bounds=bounds,
@@ -99,6 +103,19 @@ def select_records(store: PreferenceStore, reading: Reading) -> RecordSelection:
         counted=_sums(answers.counted, bounds).astype(np.int32),
         state=state,
     )
+
+
+def _alike(store: PreferenceStore, record: int, read: Selection, reading: Reading) -> bool:
+    """Whether two of a record's answers of different rank are read alike, being cut."""
+    values: dict[bytes, float] = {}
+    for answer in store.answers_of(record):
+        first = int(store.answers.rows[answer]["token"])
+        begin, end = int(read.begin[answer]), int(read.stop[answer]) - int(reading.whole)
+        tokens = store.answers.tokens[first + begin : first + end].tobytes()
+        value = float(store.values[answer])
+        if values.setdefault(tokens, value) != value:
+            return True
+    return False
 
 
 def _sums(values: npt.NDArray[np.int32], bounds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -277,7 +277,7 @@ def _left_out(source: SftSource, plan: PackedPlan) -> Iterator[str]:
         if file.truncated:
             what.append(f"{file.truncated:,} truncated (chat.truncation={plan.reading.truncation})")
         if file.nothing_counted:
-            what.append(f"{file.nothing_counted:,} left out, with no token that counts")
+            what.append(f"{file.nothing_counted:,} left out, {plan.void}")
         if what:
             much = file.too_long + file.nothing_counted > _MUCH * file.records
             yield (

@@ -219,7 +219,10 @@ class _Encoded:
                     (Message("user", "q"),),
                     tuple(Answer(str(i), (), float(i)) for i in range(len(answers))),
                 )
-                encoded = [EncodedChat(list(range(1, n + 1)), tuple(t)) for n, t in answers]
+                encoded = [
+                    EncodedChat([100 * i + j for j in range(n)], tuple(t))
+                    for i, (n, t) in enumerate(answers)
+                ]
                 writer.add(Preference("x", record, "f", number), encoded)
             writer.finish()
         self.store: PreferenceStore = open_preferences(folder)
@@ -331,6 +334,23 @@ def test_a_pair_longer_than_the_sequence(world: World) -> None:
     message = str(caught.value)
     assert "2 records take more than data.seq_length=120 tokens" in message
     assert "long.jsonl:1: " in message and "long.jsonl:3: " in message and ":2: " not in message
+
+
+def test_answers_that_are_read_alike_once_cut_are_left_out(world: World) -> None:
+    alike = {"id": "alike", "prompt": "q", "chosen": "pump " * 60 + "a", "rejected": "pump " * 60}
+    unlike = {"id": "unlike", "prompt": "q", "chosen": "a " + "pump " * 60, "rejected": "rod " * 60}
+    path = world.write("alike", [alike, unlike])
+
+    def run(how: Truncation) -> RunConfig:
+        chat = ChatConfig(truncation=how)
+        return preference_run([source("t", path)], epochs=1, seq_length=100, chat=chat)
+
+    for whole in (False, True):
+        data = data_of(world, run("keep_start"), whole=whole)
+        assert {i for names in record_ids(data) for i in names} == {"unlike"}
+        assert "1 left out, with an answer of which" in "\n".join(describe(data.plan))
+        data = data_of(world, run("keep_end"), whole=whole)
+        assert {i for names in record_ids(data) for i in names} == {"alike", "unlike"}
 
 
 def _bounds(row: PreferenceRow) -> list[tuple[int, int]]:
