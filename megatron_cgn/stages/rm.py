@@ -5,6 +5,7 @@ model ends in a scalar head; the objective is Bradley and Terry's; validation is
 calibration and rank correlation of held-out answers.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron_cgn.config.schema import LossConfig, RunConfig
 from megatron_cgn.data.preference import PreferencePlan
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import ConfigError
+from megatron_cgn.eval.preference_watch import PreferenceWatch
 from megatron_cgn.eval.rewards import score_answers_by_reward, write_reliability
 from megatron_cgn.objectives.reward import BradleyTerry
 from megatron_cgn.parallel.reduce import first_problem
@@ -48,6 +50,7 @@ def run(run: RunConfig) -> None:
                 "loss.center_rewards": run.loss.center_rewards,
             },
             describe=[_describe(run.loss, plan)],
+            watch=partial(PreferenceWatch, total_steps=engine.total_steps),
         ),
     )
 
