@@ -31,10 +31,13 @@ from megatron_cgn.objectives.answers import answer_logps, counted_lengths
 from megatron_cgn.objectives.base import ForwardArgs, LossOutput, Objective
 from megatron_cgn.parallel.reduce import first_problem
 
-TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
-"""How far an answer's log-probability may be from its reference, in nats per counted token. The
-same answer is computed in rows of other lengths with other neighbours, so its sums are rounded in
-another order."""
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.06, "bf16": 0.5}
+"""How far an answer's log-probability may be from its reference, in nats times the root of its
+counted tokens: the reference may have been scored on another layout, and errors of rounding add up
+as a random walk does. Measured with SmolLM2-135M on a CPU, 16 answers of 41 to 163 tokens: BF16 is
+at most 0.16 from FP32 (0.025 nats a token), so two layouts in BF16 are not much farther apart; on
+one layout, in rows of other lengths, the difference is 0. FP16 has three bits more than BF16, FP32
+has 16 more and is given some room."""
 _SAME_SUM = 1e-9
 """Relative difference of two sums of the same weights: FP64 in another order, far below what a
 changed matrix makes."""
@@ -59,9 +62,9 @@ class FirstStep:
     counted: npt.NDArray[np.int64]
 
     def distance(self, other: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-        """How far the policy is from other log-probabilities, in nats a counted token, ``[A]``."""
-        per_token = np.abs(self.policy - other) / np.maximum(self.counted, 1)
-        return np.where(np.isnan(per_token), np.inf, per_token)
+        """How far the policy is from other log-probabilities, in the measure of `TOLERANCE`."""
+        distance = np.abs(self.policy - other) / np.sqrt(np.maximum(self.counted, 1))
+        return np.where(np.isnan(distance), np.inf, distance)
 
 
 def check_first_step(
@@ -113,7 +116,7 @@ def check_first_step(
     tolerance = TOLERANCE[engine.run.precision]
     distances = first.distance(first.reference)
     if distances.max() <= tolerance:
-        return _fine(metrics, first, distances)
+        return _fine(metrics, first)
     changed = first_problem(_changed_weights(engine, weights_before))
     again = first.distance(_scored_again(engine, scored, first.numbers))
     kind = diagnose(
@@ -289,10 +292,11 @@ def _gathered(
     )
 
 
-def _fine(metrics: dict[str, float], first: FirstStep, distances: npt.NDArray[np.float64]) -> str:
+def _fine(metrics: dict[str, float], first: FirstStep) -> str:
+    per_token = np.abs(first.policy - first.reference) / np.maximum(first.counted, 1)
     return (
         f"self-check before the first step: {_loss(metrics)}; its {len(first.numbers):,} answers "
-        f"agree with the reference to {distances.max():.1e} nats a token"
+        f"agree with the reference to {per_token.max():.1e} nats a token"
     )
 
 
@@ -305,8 +309,8 @@ def _figures(
     worst, many = int(distances.argmax()), int((distances > tolerance).sum())
     return (
         f"{_loss(metrics)}; {many:,} of {len(first.numbers):,} answers differ by more than "
-        f"{tolerance:g} nats a token, answer {first.numbers[worst]:,} the most: "
-        f"{first.policy[worst]:.3f} and {first.reference[worst]:.3f} over "
+        f"rounding, answer {first.numbers[worst]:,} the most: log-probability "
+        f"{first.policy[worst]:.3f} instead of {first.reference[worst]:.3f} over "
         f"{first.counted[worst]:,} tokens"
     )
 
