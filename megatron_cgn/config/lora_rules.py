@@ -11,6 +11,8 @@ TARGETS = LoraConfig().targets
 """Every matrix that can have an adapter."""
 WHOLE = ("embed_tokens", "lm_head")
 """Every matrix that can be trained whole beside adapters."""
+SCORE = "score"
+"""The head of a reward model, which is trained whole in any case."""
 
 
 class AdaptedArchitecture(Protocol):
@@ -153,6 +155,11 @@ def _names(
         elif name in other:
             place = "lora.modules_to_save" if other is WHOLE else "lora.targets"
             yield f"{where}: {name} belongs to {place}; here may be {', '.join(known)}."
+        elif name == SCORE:
+            yield (
+                f"{where}: score has no effect: stage rm trains a reward model's whole in any case, "
+                "and no other model has one; remove it."
+            )
         elif name not in known:
             # Users write whole paths, as `peft` allows.
             near = difflib.get_close_matches(name.rpartition(".")[2], known, n=1, cutoff=0.5)

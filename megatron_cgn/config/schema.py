@@ -222,7 +222,8 @@ class LoraConfig:
     """Train the length of every matrix's rows too (DoRA, https://arxiv.org/abs/2402.09353)."""
     modules_to_save: tuple[str, ...] = ()
     """Matrices trained whole beside the adapters: ``embed_tokens``, ``lm_head``. Together with
-    ``optim.param_groups`` only some of their rows, e.g. those of new tokens."""
+    ``optim.param_groups`` only some of their rows, e.g. those of new tokens. A reward model's
+    ``score`` is trained whole without being named."""
     adapter_path: str | None = None
     """Adapter directory of `peft` or of ours to start from. None: adapters that change nothing."""
     export: Literal["merged", "adapter", "both"] = "both"
@@ -260,10 +261,10 @@ class ParamGroupConfig:
     name: str
     """Name in messages and metrics (``lr/<name>``), e.g. ``new_rows``."""
     parameters: tuple[str, ...]
-    """Which: ``embeddings``, ``output``, ``norms``, ``blocks`` (the layers whole, their norms too),
-    ``adapters`` (with ``lora.rank``), ``others`` (all that no other group has), or Hugging Face
-    names, in which ``*`` stands for anything, as in ``model.layers.*.mlp.*`` or, of adapters,
-    ``*.lora_B.weight``."""
+    """Which: ``embeddings``, ``output`` (a reward model's ``score``), ``norms``, ``blocks`` (the
+    layers whole, their norms too), ``adapters`` (with ``lora.rank``), ``others`` (all that no other
+    group has), or Hugging Face names, in which ``*`` stands for anything, as in
+    ``model.layers.*.mlp.*`` or, of adapters, ``*.lora_B.weight``."""
     rows: Literal["all", "old", "new"] = "all"
     """Rows of ``embeddings`` and ``output``: all, those of the tokens that the model had before
     its vocabulary was extended, or those from the first new token to the end."""

@@ -39,6 +39,7 @@ def _run(**lora: Any) -> RunConfig:
         ({"rank": 4, "targets": ("lm_head",)}, ["belongs to lora.modules_to_save"]),
         ({"rank": 4, "modules_to_save": ("q_proj",)}, ["belongs to lora.targets"]),
         ({"rank": 4, "modules_to_save": ("embed_token",)}, ["did you mean embed_tokens?"]),
+        ({"rank": 4, "modules_to_save": ("score",)}, ["score has no effect", "remove it"]),
         ({"alpha": 8.0}, ["lora.alpha: 8.0 has no effect", "set lora.rank"]),
         ({"targets": ("q_proj",)}, ["lora.targets: ['q_proj'] has no effect"]),
         ({"use_dora": True}, ["lora.use_dora: True has no effect"]),
