@@ -157,7 +157,7 @@ def _names(
             yield f"{where}: {name} belongs to {place}; here may be {', '.join(known)}."
         elif name == SCORE:
             yield (
-                f"{where}: score has no effect: stage rm trains a reward model's whole in any case, "
+                f"{where}: score has no effect: stage rm trains a reward model's whole anyway, "
                 "and no other model has one; remove it."
             )
         elif name not in known:
