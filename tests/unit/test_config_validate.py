@@ -524,6 +524,26 @@ RULES: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         1,
         ["chat.train_on_prompt, chat.last_turn_only: both true"],
     ),
+    "answers-from-an-index": (
+        {"stage": "dpo"},
+        1,
+        ["data.sources[domain].path: 'data/domain'", "no turns"],
+    ),
+    "loss-without-comparisons": (
+        {**SFT, "loss.beta": 0.2},
+        1,
+        ["loss.beta: 0.2 has no effect with stage=sft", "+stage=dpo"],
+    ),
+    "option-of-another-loss": (
+        {**SFT, "stage": "dpo", "loss.gamma": 0.2},
+        1,
+        ["loss.gamma: 0.2 has no effect with loss.type=sigmoid", "simpo"],
+    ),
+    "reward-model-that-answers": (
+        {**SFT, "stage": "rm", "samples.prompts": ("q",)},
+        1,
+        ["samples.prompts: has no effect with stage=rm"],
+    ),
     "empty-template": ({**SFT, "chat.template": " "}, 1, ["chat.template: is empty"]),
     "conversations-under-te-and-cp": (
         {**SFT, "model.backend": "te", CP: 2},
