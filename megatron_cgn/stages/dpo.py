@@ -21,7 +21,7 @@ from megatron_cgn.config.schema import RunConfig
 from megatron_cgn.data.collective import on_first_rank, together
 from megatron_cgn.data.preference import PreferenceData
 from megatron_cgn.data.preference_kto import Mismatched
-from megatron_cgn.data.reference_answers import Answers, wanted_answers
+from megatron_cgn.data.reference_answers import Answers, answers_between, wanted_answers
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.engine.metrics import SAMPLES_FILE, read_records
 from megatron_cgn.eval.kto import KtoBaseline, with_baseline, with_baselines
@@ -130,7 +130,7 @@ def _with_baselines(
     """Let each step be measured against the policy right before it."""
     size = engine.run.train.global_batch_size
     starts = range(engine.consumed_sequences, len(data.train), size)
-    numbers = (preference.answers_of(data.train, range(first, first + size)) for first in starts)
+    numbers = (answers_between(data.records, data.train, first, first + size) for first in starts)
     return with_baselines(steps, numbers, baseline)
 
 
@@ -147,8 +147,8 @@ def _validate(
     for name, loader in preference.held_out(engine, data, ref_logps).items():
         batches: Iterable[PreferenceBatch] = loader
         if baseline is not None:
-            read = range(loader.num_sequences)
-            value = baseline(preference.answers_of(data.validation[name], read))
+            sequences = data.validation[name]
+            value = baseline(answers_between(data.records, sequences, 0, loader.num_sequences))
             batches = with_baseline(loader, value)
         scores = score_preferences(engine, batches, objective)
         if baseline is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_cgn.data.preference_selection import select_records
 from megatron_cgn.data.preference_store import build_preferences, open_preferences
 from megatron_cgn.data.sft_selection import TOO_LONG, Reading
 from megatron_cgn.errors import DataError
+from megatron_cgn.eval.kto import with_baselines
 from tests.unit.sft_samples import WORDS, World
 from tokenizer.chat import Message
 
@@ -177,3 +179,32 @@ def test_partners_are_the_nearest_before_that_ask_something_else(questions: list
     for place, question in enumerate(questions):
         back = next(n for n in range(1, len(questions)) if questions[place - n] != question)
         assert found[place] == (place - back) % len(questions)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    name: str
+    baseline: float | None = None
+
+
+def test_a_baseline_is_made_right_before_its_step_and_the_loader_is_closed() -> None:
+    done: list[str] = []
+
+    def steps() -> Iterator[list[_Batch]]:
+        try:
+            for name in "abc":
+                yield [_Batch(name), _Batch(name * 2)]
+        finally:
+            done.append("closed")
+
+    def baseline(answers: Any) -> float:
+        done.append(f"scored {answers}")
+        return float(answers)
+
+    given: Any = with_baselines(steps(), (n for n in (1, 2, 3)), baseline)  # type: ignore[arg-type]
+    assert done == []
+    assert next(given) == [_Batch("a", 1.0), _Batch("aa", 1.0)]
+    done.append("step")
+    assert next(given)[1] == _Batch("bb", 2.0)
+    given.close()
+    assert done == ["scored 1", "step", "scored 2", "closed"]
