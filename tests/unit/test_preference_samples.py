@@ -28,6 +28,7 @@ FAULTS = {
     "off the question",
     "over-long",
     "ill-formed",
+    "refuses",
 }
 FIELDS = {"id", "prompt", "chosen", "rejected", "answers", "why", "lang", "source", "license"}
 # A coin that falls 60 times of 100 is no rule to go by; means differ by less than a clause.
