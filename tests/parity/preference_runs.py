@@ -255,12 +255,12 @@ def micro_batches(case: PreferenceCase, step: int, state: ParallelState) -> list
 
 
 @contextmanager
-def _joined(world: int, meeting: Path) -> Iterator[None]:
-    """Make the first processes of those at hand a world."""
+def _joined(world: int, parallel: ParallelConfig, meeting: Path) -> Iterator[ParallelState]:
+    """Make the first processes of those at hand a world on a layout."""
     os.environ["WORLD_SIZE"] = str(world)
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    yield
+    yield initialize_parallel(parallel)
     shutdown_parallel()
     gc.collect()
 
@@ -268,7 +268,7 @@ def _joined(world: int, meeting: Path) -> Iterator[None]:
 def run_cases(
     cases: Mapping[str, PreferenceCase], models: Mapping[Head, Path], root: Path
 ) -> dict[str, PreferenceOutcome]:
-    """Run cases in turn, each on the first processes of those at hand.
+    """Run cases, those of one layout in turn, each on the first processes of those at hand.
 
     Args:
         cases: By name.
@@ -279,17 +279,24 @@ def run_cases(
         This rank's outcomes of the cases it took part in.
     """
     torch.set_num_threads(1)
+    layouts: dict[tuple[int, ParallelConfig], list[str]] = {}
+    for name, case in cases.items():
+        layouts.setdefault((case.world, case.parallel), []).append(name)
     outcomes = {}
-    for number, (name, case) in enumerate(cases.items()):
-        if int(os.environ["RANK"]) < case.world:
-            with _joined(case.world, root / f"meet-{number}"):
-                outcomes[name] = run_case(case, models[case.head], root / name)
+    for number, ((world, parallel), names) in enumerate(layouts.items()):
+        if int(os.environ["RANK"]) < world:
+            with _joined(world, parallel, root / f"meet-{number}") as state:
+                for name in names:
+                    path = models[cases[name].head]
+                    outcomes[name] = run_case(cases[name], path, root / name, state=state)
     return outcomes
 
 
-def run_case(case: PreferenceCase, path: Path, export_dir: Path) -> PreferenceOutcome:
+def run_case(
+    case: PreferenceCase, path: Path, export_dir: Path, *, state: ParallelState
+) -> PreferenceOutcome:
     """All steps of a case on the processes at hand. Collective over all ranks."""
-    engine = build(case, path)
+    engine = build(case, path, state)
     reports: list[StepReport] = [
         engine.train_step(micro_batches(case, step, engine.state), objective_of(case.head, loss))
         for step, loss in enumerate(case.losses.values())
@@ -313,7 +320,7 @@ def run_case(case: PreferenceCase, path: Path, export_dir: Path) -> PreferenceOu
     return outcome
 
 
-def build(case: PreferenceCase, path: Path) -> Engine:
+def build(case: PreferenceCase, path: Path, state: ParallelState) -> Engine:
     """An engine with the model's weights, and fresh adapters if asked for."""
     steps = len(case.losses)
     run = RunConfig(
@@ -331,7 +338,6 @@ def build(case: PreferenceCase, path: Path) -> Engine:
         optim=OPTIM,
         lora=case.lora,
     )
-    state = initialize_parallel(case.parallel)
     architecture = read_architecture(path)
     assert architecture.head == case.head
     engine = Engine(run, architecture, state, total_steps=steps)

@@ -38,6 +38,7 @@ ADAPTERS_RTOL = 2e-3
 
 _score: dict[str, Any] = {"head": "score"}
 _lora: dict[str, Any] = {"lora": LORA}
+_TP2_PP2_SP = layout(tp=2, pp=2, sequence_parallel=True)
 CASES: dict[str, PreferenceCase] = {
     "one": PreferenceCase(),
     "one-packed": PreferenceCase(packed=4),
@@ -49,16 +50,11 @@ CASES: dict[str, PreferenceCase] = {
     "pp2": PreferenceCase(world=2, parallel=layout(pp=2), padded=True),
     "pp2-interleaved": PreferenceCase(world=2, parallel=layout(pp=2, vp=2), packed=2, padded=True),
     "dp2": PreferenceCase(world=2),
-    "dp2-packed": PreferenceCase(world=2, packed=2),
     "cp2": PreferenceCase(world=2, parallel=layout(cp=2), packed=2, padded=True),
     "tp2-pp2": PreferenceCase(world=4, parallel=layout(tp=2, pp=2), packed=2, padded=True),
     "one-lora": PreferenceCase(**_lora),
     "tp2-pp2-sp-lora": PreferenceCase(
-        world=4,
-        parallel=layout(tp=2, pp=2, sequence_parallel=True),
-        packed=2,
-        padded=True,
-        **_lora,
+        world=4, parallel=_TP2_PP2_SP, packed=2, padded=True, **_lora
     ),
     "score-one": PreferenceCase(**_score),
     "score-one-packed": PreferenceCase(packed=4, **_score),
@@ -72,12 +68,8 @@ CASES: dict[str, PreferenceCase] = {
     ),
     "score-dp2": PreferenceCase(world=2, **_score),
     "score-cp2": PreferenceCase(world=2, parallel=layout(cp=2), packed=2, padded=True, **_score),
-    "score-tp2-pp2": PreferenceCase(
-        world=4,
-        parallel=layout(tp=2, pp=2, sequence_parallel=True),
-        packed=2,
-        padded=True,
-        **_score,
+    "score-tp2-pp2-sp": PreferenceCase(
+        world=4, parallel=_TP2_PP2_SP, packed=2, padded=True, **_score
     ),
     "score-one-lora": PreferenceCase(**_lora, **_score),
     "score-tp2-pp2-lora": PreferenceCase(
