@@ -190,8 +190,8 @@ def _ask(directory: Path, asked: Sequence[Question]) -> Answers:
 
 def _score_preferences(before: Path, after: Path) -> Preferences:
     pairs = read_pairs(HELD_OUT_PREFERENCES)
-    trained = sum(len(read_pairs(SAMPLES / file)) for file in PREFERENCES.values())
-    return Preferences(trained, pairs, score_pairs(before, pairs), score_pairs(after, pairs))
+    known = [pair for file in PREFERENCES.values() for pair in read_pairs(SAMPLES / file)]
+    return Preferences(known, pairs, score_pairs(before, pairs), score_pairs(after, pairs))
 
 
 def _check_adapter(base: Path, tuned: Path, asked: Sequence[Question]) -> AdapterCheck:

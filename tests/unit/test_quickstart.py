@@ -175,7 +175,8 @@ def test_the_report_says_what_is_not_as_it_should_be(
     assert "- after tuning: tuned says … *(cut off)*" in text
     assert "147 pairs are trained on and 3 are held out" in text
     assert "in 1 of 3 held-out pairs before and 2 after" in text
-    assert "| unsafe | 1 | 1 |" in text and "| wrong figure | 1 | 0 |" in text
+    assert "| unsafe | 1 | 1 | 1 |" in text and "| wrong figure | 1 | 0 | 1 |" in text
+    assert "| all | 3 | 2 | 3 |" in text
 
 
 def _write_records(
@@ -224,7 +225,7 @@ def _preferences(tools: dict[str, ModuleType]) -> Any:
     )
     prompt = [{"role": "user", "content": "?"}]
     pairs = [told.Pair(prompt, "yes", "no", language, fault) for language, fault, _ in SCORED]
-    return told.Preferences(147, pairs, before, after)
+    return told.Preferences(pairs * 49, pairs, before, after)
 
 
 def test_pairs_are_read_in_each_of_their_forms(tools: dict[str, ModuleType]) -> None:
@@ -237,3 +238,15 @@ def test_pairs_are_read_in_each_of_their_forms(tools: dict[str, ModuleType]) -> 
             prompt = [{"role": m.role, "content": m.content} for m in record.record.prompt]
             answers = [answer.messages[0].content for answer in record.record.answers]
             assert (pair.prompt, [pair.chosen, pair.rejected]) == (prompt, answers)
+
+
+def test_letters_tell_only_what_was_counted(tools: dict[str, ModuleType]) -> None:
+    """By hand: of the pairs of letters "ab" and "xy", each is known from one side."""
+    told = tools["quickstart_preferences"]
+
+    def pair(chosen: str, rejected: str) -> Any:
+        return told.Pair([], chosen, rejected, "en", "vague")
+
+    known = [pair("ab", "xy")]
+    asked = [pair("AB", "xy"), pair("xy", "ab"), pair("cd", "xy"), pair("cd", "ef")]
+    assert told.tell_by_letters(known, asked) == [True, False, True, False]
