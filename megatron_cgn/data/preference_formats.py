@@ -26,8 +26,8 @@ last message of ``messages``) and
 
 An answer is a text, a message, or a list of messages, which may begin with the prompt. Texts that
 begin with an empty line and ``Human:`` are read as transcripts of ``Human:`` and ``Assistant:``.
-``system`` and ``id`` are optional. Other fields are passed over, except those that `FIELDS` of
-instruction data refuses too.
+``system`` and ``id`` are optional. Other fields are passed over, except those that instruction data
+refuses too, such as tools and images.
 """
 
 from collections.abc import Mapping, Sequence
