@@ -6,7 +6,6 @@ not implemented, or that is not known at all, is an error: it is never ignored.
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from megatron_cgn.hf.config_fields import (
     ROPE_FIELDS,
     SCORE_FAMILIES,
 )
+from megatron_cgn.hf.config_values import is_integer, is_number, normal_rope
 from megatron_cgn.model.architecture import Architecture, LinearRopeScaling, Llama3RopeScaling
 
 _DEFAULT_WINDOW = 4096
@@ -191,14 +191,14 @@ class _Reader:
         if labels is not None:
             return len(labels) if isinstance(labels, dict) else None
         number = self.config.get("num_labels")
-        return number if _is_integer(number, least=1) else None
+        return number if is_integer(number, least=1) else None
 
     def _check_window(self) -> None:
         """Refuse attention windows that a sequence could outgrow, as `transformers` reads them."""
         types = self._layer_types()
         # Absent means 4096 to `transformers`, unlike null.
         window = self.config.get("sliding_window", _DEFAULT_WINDOW)
-        if window is not None and not _is_integer(window, least=1):
+        if window is not None and not is_integer(window, least=1):
             self.fault("sliding_window", "expected a positive integer or null")
             return
         if self.family in ("qwen2", "qwen3"):
@@ -207,7 +207,7 @@ class _Reader:
             # Mistral's layers all slide, whatever layer_types says; Llama's never do.
             in_use = self.family == "mistral"
         longest = self.config.get("max_position_embeddings")
-        if in_use and window is not None and _is_integer(longest, least=window + 1):
+        if in_use and window is not None and is_integer(longest, least=window + 1):
             self.fault(
                 "sliding_window",
                 f"{'' if 'sliding_window' in self.config else f'(absent means {window}) '}"
@@ -228,11 +228,11 @@ class _Reader:
         if types is not None:
             return "sliding_attention" in types
         first = self.config.get("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
-        if not _is_integer(first, least=0):
+        if not is_integer(first, least=0):
             self.fault("max_window_layers", "expected an integer of at least 0")
             return False
         layers = self.config.get("num_hidden_layers")
-        return _is_integer(layers, least=first + 1)
+        return is_integer(layers, least=first + 1)
 
     def _rope(self) -> tuple[float, Llama3RopeScaling | LinearRopeScaling | None]:
         spellings: dict[str, dict[str, Any]] = {}
@@ -243,7 +243,7 @@ class _Reader:
                 self.fault(field, "expected an object or null")
                 return 1.0, None
             if value:
-                spellings[field] = _normal_rope(value)
+                spellings[field] = normal_rope(value)
                 thetas[f"{field}.rope_theta"] = spellings[field].pop("rope_theta", None)
         name, rope = next(iter(spellings.items()), ("rope_scaling", {}))
         if any(other != rope for other in spellings.values()):
@@ -252,7 +252,7 @@ class _Reader:
         theta = next(iter(thetas.values()), 10000.0)
         if any(other != theta for other in thetas.values()):
             self.fault("rope_theta", f"{json.dumps(thetas)} disagree; keep one")
-        if not _is_number(theta) or theta <= 0:
+        if not is_number(theta) or theta <= 0:
             self.fault("rope_theta", "expected a positive number")
             theta = 1.0
         return float(theta), self._rope_scaling(rope, name)
@@ -268,7 +268,7 @@ class _Reader:
         if unknown := sorted(rope.keys() - wanted):
             self.fault(name, f"{', '.join(unknown)} does not belong to rope type {kind!r}")
             return None
-        if bad := sorted(key for key in wanted if not _is_number(rope.get(key)) or rope[key] <= 0):
+        if bad := sorted(key for key in wanted if not is_number(rope.get(key)) or rope[key] <= 0):
             self.fault(name, f"rope type {kind!r} needs {', '.join(bad)} as positive numbers")
             return None
         if kind == "linear":
@@ -291,7 +291,7 @@ class _Reader:
     def _integer(self, field: str, default: int | None = None) -> int:
         value = self.config.get(field)
         value = default if value is None else value
-        if not _is_integer(value, least=1):
+        if not is_integer(value, least=1):
             self.fault(field, "expected a positive integer")
             return 0
         assert value is not None
@@ -300,7 +300,7 @@ class _Reader:
     def _number(self, field: str, default: float) -> float:
         value = self.config.get(field)
         value = default if value is None else value
-        if not _is_number(value) or value <= 0:
+        if not is_number(value) or value <= 0:
             self.fault(field, "expected a positive number")
             return 0.0
         return float(value)
@@ -312,27 +312,3 @@ class _Reader:
             self.fault(field, "expected true or false")
             return default
         return value
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number that a float holds: neither NaN nor infinite, nor a flag."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max
-    )
-
-
-def _is_integer(value: Any, *, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _normal_rope(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """One spelling of RoPE's parameters, without those that say nothing."""
-    rope = {key: value for key, value in fields.items() if value is not None}
-    if rope.get("rope_type", rope.get("type")) == rope.get("type"):
-        rope["rope_type"] = rope.pop("type", "default")
-    rope.setdefault("rope_type", "default")
-    if rope.get("partial_rotary_factor") == 1:
-        del rope["partial_rotary_factor"]
-    return rope
