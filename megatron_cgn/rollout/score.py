@@ -1,8 +1,9 @@
 """Rewards of conversations: what a reward model's head says at the last token of each.
 
 The last token is that of the conversation as its chat template renders it, line feeds behind the
-end of the turn included, as `transformers` sees what ``apply_chat_template`` gives. Conversations
-share packed rows, in which each attends to itself alone.
+end of the turn included, as `transformers` sees what ``apply_chat_template`` gives; of models that
+pad with a token that ends answers too, the one before it, as there. Conversations share packed
+rows, in which each attends to itself alone.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from megatron_cgn.data.packing import first_fit_decreasing
 from megatron_cgn.data.sft_loader import ROW_MULTIPLE, ConversationRow, blank, lay_out
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.errors import DataError
+from megatron_cgn.hf.score_files import without_padding
 from megatron_cgn.model.architecture import Architecture
 from megatron_cgn.objectives.base import ForwardArgs
 from megatron_cgn.parallel.reduce import sum_over_data
@@ -32,6 +34,7 @@ def score_conversations(
     conversations: Sequence[Sequence[Message]],
     *,
     template: ChatTemplate,
+    pad_token_id: int | None = None,
     row_tokens: int = ROW_TOKENS,
 ) -> list[float]:
     """Rewards of conversations, each ending with the answer that is judged.
@@ -42,6 +45,7 @@ def score_conversations(
         engine: A reward model, in training or not.
         conversations: What is said in each.
         template: The chat template that the reward model was trained with.
+        pad_token_id: See `hf.score_files.padding_id`: what is passed over at the end.
         row_tokens: See `score_tokens`.
 
     Returns:
@@ -57,7 +61,7 @@ def score_conversations(
             raise DataError(f"conversation {number}: {chat}") from chat
         if fault := conversation_fault(chat.ids, engine.architecture):
             raise DataError(f"conversation {number}: {fault}")
-        tokens.append(chat.ids)
+        tokens.append(without_padding(chat.ids, pad_token_id))
     return score_tokens(engine, tokens, row_tokens=row_tokens)
 
 

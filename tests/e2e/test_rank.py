@@ -3,8 +3,6 @@
 import importlib.util
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_chats import TinyChats
+from tokenizers import Tokenizer
 from train_runs import Zygote
 
 from megatron_cgn.data.preference_formats import read_answers
@@ -215,38 +214,34 @@ def test_all_that_is_left_out_is_counted_and_nothing_is_scored_twice(
     assert output.read_bytes() == before
 
 
-def _killed(arguments: list[str]) -> None:
-    """Run the tool in this process, which is killed when it scores for the third time."""
-    place: Any = rank_task
-    score, calls = place.score_tokens, itertools.count(1)
-
-    def killed(*args: Any) -> list[float]:
-        if next(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        found: list[float] = score(*args)
-        return found
-
-    place.score_tokens, place._ANSWERS_PER_WRITE = killed, 3
-    _call("rank", *arguments)
-
-
 def _rank_on_two(arguments: list[str]) -> int:
     return _call("rank", *arguments)
 
 
-def test_it_goes_on_after_a_kill_on_another_layout(
-    reward_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_interrupted_it_goes_on_on_another_layout(
+    reward_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = _hand_made(tmp_path / "c.jsonl")
     judge = ["--model", str(reward_model), "--input", str(source), "--keep", "ranking"]
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     assert _call("rank", *judge, "--output", whole) == 0
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_killed, args=([*judge, "--output", str(parts)],)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and not parts.exists()
+    place: Any = rank_task
+    score, calls = place.score_tokens, itertools.count(1)
+
+    def interrupted(*args: Any) -> list[float]:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        found: list[float] = score(*args)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rank_task, "score_tokens", interrupted)
+        patch.setattr(rank_task, "_ANSWERS_PER_WRITE", 3)
+        assert _call("rank", *judge, "--output", parts) == 130
+    assert "what was scored is kept" in capsys.readouterr().err and not parts.exists()
     scores = tmp_path / "parts.jsonl.scores.jsonl"
     assert [row["id"] for row in _lines(scores)] == ["p0", "p1"]
     with scores.open("ab") as file:
@@ -258,6 +253,24 @@ def test_it_goes_on_after_a_kill_on_another_layout(
         for mine, other in zip(found["answers"], expected["answers"], strict=True):
             assert mine.pop("reward") == pytest.approx(other.pop("reward"), abs=REWARD_ATOL)
         assert found == expected
+
+
+def test_another_programs_padding_is_passed_over(reward_model: Path, tmp_path: Path) -> None:
+    """As `transformers` does, even where the token that pads is what answers end with."""
+    model, output = tmp_path / "model", tmp_path / "p.jsonl"
+    shutil.copytree(reward_model, model)
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (end,) = Tokenizer.from_file(str(model / "tokenizer.json")).encode("\n").ids
+    (model / "config.json").write_text(json.dumps({**config, "pad_token_id": end}))
+    source = _write(tmp_path / "c.jsonl", {"prompt": "valve?", "answers": ["open", "closed"]})
+    arguments = ("--input", source, "--output", output, "--keep", "ranking")
+    assert _call("rank", "--model", model, *arguments) == 0
+    (record,) = _lines(output)
+    said = [[*record["prompt"], *answer["messages"]] for answer in record["answers"]]
+    found = [answer["reward"] for answer in record["answers"]]
+    expected, last = (_rewards_of_transformers(path, said) for path in (model, reward_model))
+    assert found == pytest.approx(expected, rel=0, abs=REWARD_ATOL)
+    assert found != pytest.approx(last, rel=0, abs=1e-2)
 
 
 def _faults(chats: TinyChats, model: Path, root: Path) -> dict[str, tuple[list[Any], str]]:
