@@ -140,7 +140,7 @@ def report_preferences(
         f"- Held-out margins rise above 0 in both languages: **{_yes(better)}**",
         f"- `transformers` gives the held-out answers the log-probabilities that training "
         f"reported, within {SCORE_BOUND:g} a token: **{_yes(agrees)}** ({difference:.1e})",
-        f"- A token, the better answer is the likelier one in {before} of {len(found.pairs)} "
+        f"- Per token, the better answer is the likelier one in {before} of {len(found.pairs)} "
         f"held-out pairs before and {after} after.",
         "",
         *_by_fault(found, by_letters),

@@ -250,3 +250,12 @@ def test_letters_tell_only_what_was_counted(tools: dict[str, ModuleType]) -> Non
     known = [pair("ab", "xy")]
     asked = [pair("AB", "xy"), pair("xy", "ab"), pair("cd", "xy"), pair("cd", "ef")]
     assert told.tell_by_letters(known, asked) == [True, False, True, False]
+
+
+def test_the_samples_say_how_much_wording_tells(tools: dict[str, ModuleType]) -> None:
+    told, samples = tools["quickstart_preferences"], ROOT / "samples"
+    known = [p for k in ("zh", "en") for p in told.read_pairs(samples / f"preference_{k}.jsonl")]
+    pairs = told.read_pairs(samples / "preference_held_out.jsonl")
+    right = sum(told.tell_by_letters(known, pairs))
+    said = " ".join((samples / "README.md").read_text("utf-8").split())
+    assert f"tells {right} of the {len(pairs)} held-out pairs apart" in said
