@@ -46,7 +46,7 @@ class Preferences:
     """Held-out pairs before and after preference learning, scored in `transformers`."""
 
     known: list[Pair]
-    """Pairs that were trained on."""
+    """Pairs to learn from."""
     pairs: list[Pair]
     """Held-out ones."""
     before: list[PairScore]
@@ -128,8 +128,8 @@ def report_preferences(
         "## Preference learning (DPO, LoRA): held-out pairs before and after",
         "",
         f"Each pair is a question with two answers; the worse one has a fault that an expert would "
-        f"name. {len(found.known)} pairs are trained on and {len(found.pairs)} are held out. "
-        f"{speed}",
+        f"name. There are {len(found.known)} pairs to learn from and {len(found.pairs)} held-out "
+        f"ones. {speed}",
         "",
         table,
         "",

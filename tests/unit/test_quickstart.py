@@ -173,7 +173,7 @@ def test_the_report_says_what_is_not_as_it_should_be(
     assert told is None or told in text
     assert "3 steps, 300 tokens, 20 tokens/s" in text and "1.5 minutes in all" in text
     assert "- after tuning: tuned says … *(cut off)*" in text
-    assert "147 pairs are trained on and 3 are held out" in text
+    assert "147 pairs to learn from and 3 held-out ones" in text
     assert "in 1 of 3 held-out pairs before and 2 after" in text
     assert "| unsafe | 1 | 1 | 1 |" in text and "| wrong figure | 1 | 0 | 1 |" in text
     assert "| all | 3 | 2 | 3 |" in text
