@@ -108,6 +108,7 @@ class ReferenceCache:
         """
         self._cache = cache
         self._about = about
+        self._name = scored.name
         self._files = scored.files
         self._facts = [{"format": FORMAT, **file.facts, **model} for file in self._files]
         self._stores = [
@@ -155,7 +156,8 @@ class ReferenceCache:
             A line a file.
         """
         for place, mine in self._by_file(missing):
-            yield f"  {self._files[place].path}: {int(mine.sum()):,}: {self._reason(place)}"
+            number = f"{int(mine.sum()):,} {self._name}"
+            yield f"  {self._files[place].path}: {number}: {self._reason(place)}"
 
     def _by_file(self, numbers: Numbers) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
         owners = np.searchsorted(self._bases, numbers, side="right") - 1
@@ -166,8 +168,8 @@ class ReferenceCache:
         store = self._stores[place]
         if store.num_other:
             return (
-                f"{store.num_other:,} answers were scored with other data.seq_length, "
-                "chat.truncation or messages in front"
+                f"{store.num_other:,} are read differently than when they were scored: "
+                "data.seq_length or chat.truncation was another"
             )
         if not np.isnan(store.logps).all():
             return "those that no run before needed or finished"

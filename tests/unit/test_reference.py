@@ -137,10 +137,10 @@ def test_scores_belong_to_a_file_whatever_stands_beside_it(world: World, tmp_pat
 def test_why_answers_are_not_known_is_told(world: World, tmp_path: Path) -> None:
     path = world.write("why", pairs(6))
     data = opened(world, path)
-    assert reasons(tmp_path, data) == [f"  {path}: 12: not scored before"]
+    assert reasons(tmp_path, data) == [f"  {path}: 12 answers: not scored before"]
     fill(tmp_path, data, [0, 1, 2])
     (line,) = reasons(tmp_path, data)
-    assert line == f"  {path}: 9: those that no run before needed or finished"
+    assert line == f"  {path}: 9 answers: those that no run before needed or finished"
     fill(tmp_path, data)
     assert reasons(tmp_path, data) == []
     for fact, told in (
@@ -151,10 +151,12 @@ def test_why_answers_are_not_known_is_told(world: World, tmp_path: Path) -> None
         ({"weights": "w2", "precision": "bf16"}, "of other weights and in another precision (/"),
     ):
         (line,) = reasons(tmp_path, data, **fact)
-        assert f"{path}: 12: there are scores {told}" in line
+        assert f"{path}: 12 answers: there are scores {told}" in line
     world.write("why", [*pairs(6), {"prompt": "new", "answers": ["valve", "rod"]}])
     (line,) = reasons(tmp_path, opened(world, path))
-    assert "14: there are scores of another content of the file, another tokenizer or" in line
+    assert (
+        "14 answers: there are scores of another content of the file, another tokenizer or" in line
+    )
 
 
 def test_a_setting_scores_only_what_it_changes(world: World, tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_a_setting_scores_only_what_it_changes(world: World, tmp_path: Path) -> 
     found = books(tmp_path, shorter)
     assert np.flatnonzero(np.isnan(found.logps)).tolist() == [8]
     (line,) = reasons(tmp_path, shorter)
-    assert "1 answers were scored with other data.seq_length, chat.truncation" in line
+    assert "1 answers: 1 are read differently than when they were scored: data.seq_length" in line
     last = ChatConfig(truncation="keep_start", last_turn_only=True)
     (line,) = reasons(tmp_path, opened(world, path, seq_length=256, chat=last))
     assert "there are scores with another chat.last_turn_only, which are not used" in line

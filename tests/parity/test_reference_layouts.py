@@ -164,7 +164,7 @@ def test_what_is_scored_and_why_is_told_once(ranks: list[dict[str, Any]], name: 
     begin = f"reference: {len(FIRST)} answers, {some} tokens; none found in {cache}, scoring all:"
     assert lines[0] == begin
     assert lines[1:3] == [
-        f"  file-{n}.jsonl: {number}: not scored before" for n, number in ((0, 7), (1, 5))
+        f"  file-{n}.jsonl: {number} answers: not scored before" for n, number in ((0, 7), (1, 5))
     ]
     assert lines[3].startswith(f"reference: scored {some} tokens in ")
     assert lines[4] == (
