@@ -157,7 +157,7 @@ def reporting(trainer: type, reporter: Reporter) -> tuple[type, Any]:
     """A trainer of TRL's that counts what it reads, and the callback that makes it wait."""
     from transformers import TrainerCallback
 
-    class Counting(trainer):  # type: ignore[misc]
+    class Counting(trainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             places = inputs["input_ids"].numel()
             mask = inputs.get("attention_mask")
@@ -166,7 +166,7 @@ def reporting(trainer: type, reporter: Reporter) -> tuple[type, Any]:
             reporter.loss += float(loss)
             return loss
 
-    class Taking(TrainerCallback):  # type: ignore[misc]
+    class Taking(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             reporter.wait()
 

@@ -17,6 +17,7 @@ from megatron_cgn.config.schema import LossConfig
 from megatron_cgn.data.packing import first_fit_decreasing
 from megatron_cgn.data.preference_loader import lay_out_preferences
 from megatron_cgn.data.preference_rows import PreferenceRow
+from megatron_cgn.data.reference import ScoredFile
 from megatron_cgn.data.sft_loader import ConversationRow
 from megatron_cgn.engine.engine import Engine
 from megatron_cgn.eval.reference import answer_sums, scoring_rows
@@ -29,6 +30,9 @@ Pair = dict[str, list[int]]
 
 class Answers:
     """The answers of all pairs: of pair k the chosen one is number 2k, the rejected one 2k + 1."""
+
+    name = "answers"
+    files: Sequence[ScoredFile] = ()
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.ids = [

@@ -120,7 +120,7 @@ def pairs() -> list[Record]:
     def said(role: str, most: int) -> dict[str, str]:
         return {"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(1, most)))}
 
-    found = []
+    found: list[Record] = []
     for number in range(STEPS * BATCH):
         prompt = [said("user", 6)]
         if number % 3 == 0:
