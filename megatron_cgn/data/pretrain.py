@@ -1,5 +1,6 @@
 """Pre-training data: a blend of sources to train on, and each source's held-out documents."""
 
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def _allow_open_files(data: DataConfig) -> None:
         (len(source.files) or 1) + (source.validation_path is not None) for source in data.sources
     )
     least = HANDLES_PER_INDEX * indices + _HANDLES_AT_LEAST
-    wanted = HANDLES_PER_INDEX * indices + _HANDLES_AT_EASE
+    # Connections to thousands of ranks are open files, too.
+    wanted = HANDLES_PER_INDEX * indices + _HANDLES_AT_EASE + len(os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if allowed < least:

@@ -328,14 +328,20 @@ def test_many_indices_need_many_open_files(world: World, monkeypatch: pytest.Mon
     )
     data = DataConfig(sources=(SourceConfig(name="a", files=files),), seq_length=SEQ)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, hard))
+    held: list[int] = []
     try:
+        # As many as a rank of a large run has connections.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        held += [os.open(os.devnull, os.O_RDONLY) for _ in range(1200)]
+        opened = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 60, hard))
         found = world.build_from(data, 30)
         used = len(os.listdir("/proc/self/fd")) - opened
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == hard
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for handle in held:
+            os.close(handle)
     assert sorted(row[0] // 20 for row in rows(found)) == list(range(30))
     assert 60 < used <= 30 * HANDLES_PER_INDEX
     monkeypatch.setattr(resource, "getrlimit", lambda _: (200, 300))
