@@ -271,8 +271,9 @@ class _Reader:
 
     def _scores(self) -> bool:
         """Whether it is of a reward model; not every program says so by the task."""
-        named = self.fields.get("modules_to_save") or ()
-        return self.fields.get("task_type") == _TASKS["score"] or _HEADS[0] in named
+        named = self.fields.get("modules_to_save")
+        names = named if isinstance(named, list) else []
+        return self.fields.get("task_type") == _TASKS["score"] or _HEADS[0] in names
 
 
 def _matches(patterns: tuple[str, ...] | str, module: str) -> bool:

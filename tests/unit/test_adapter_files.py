@@ -99,6 +99,7 @@ def test_tensors_that_the_configuration_gives_no_place_are_refused(
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"modules_to_save": ["wte"]}, "modules_to_save = .*embed_tokens, lm_head, score"),
         ({"modules_to_save": "lm_head"}, "modules_to_save = .*list"),
+        ({"modules_to_save": 5}, "modules_to_save = 5: expected a list"),
         ({"r": 0}, "r = 0: must be a positive integer"),
         ({"r": 4.5}, "r = 4.5: must be a positive integer"),
         ({"lora_alpha": "16"}, 'lora_alpha = "16": expected a number'),
