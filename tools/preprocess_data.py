@@ -25,12 +25,12 @@ Conversations for instruction tuning are tokenised by the training run itself. H
 and looked at before: which tokens count, how long they are, and every fault by file and line.
 
     python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b --show 3
-    python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b \\
+    python tools/preprocess_data.py --sft --input qa.jsonl --tokenizer models/qwen3-8b \
         --seq-length 4096 --validate
 
 So are answers for preference learning, which are compared or have labels:
 
-    python tools/preprocess_data.py --preference --input pairs.jsonl --tokenizer models/qwen3-8b \\
+    python tools/preprocess_data.py --preference --input pairs.jsonl --tokenizer models/qwen3-8b \
         --seq-length 4096 --validate
 """
 

@@ -173,8 +173,8 @@ class LossConfig:
     None: 0.0, and 0.1 for ``robust``."""
     length_normalized: bool | None = None
     """Whether the log-ratios compared are per counted token instead of per answer: ``sigmoid``,
-    ``hinge``; `beta` is then some tens of times as large. (``ipo``, ``simpo`` and ``orpo`` always
-    are per token.) None: false."""
+    ``hinge``; usual are then a `beta` of 2 to 10. (``ipo``, ``simpo`` and ``orpo`` always are per
+    token.) None: false."""
     rpo_alpha: float | None = None
     """Weight of the next-token loss of chosen answers, added to losses of pairs (``orpo`` has its
     own, with the weight 1). None: not added."""

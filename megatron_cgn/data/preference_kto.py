@@ -56,6 +56,9 @@ class Mismatched:
         named = list(zip(files, paths, strict=True))
         self._parts = [_Part.of(file, path, reading) for file, path in named]
         self._bases = np.cumsum([0, *(len(part.partners) for part in self._parts)])
+        # Asked for before every step, so not counted anew each time.
+        self.lengths: npt.NDArray[np.int32] = np.concatenate([p.lengths for p in self._parts])
+        """Places that each takes of a row, int32 ``[A]``; 0 of answers that are not read."""
         self.files = [
             _scored(path, part) for (_, path), part in zip(named, self._parts, strict=True)
         ]
@@ -64,11 +67,6 @@ class Mismatched:
     def of(cls, data: PreferenceData) -> Self:
         """Find partners in the data of a run; raises as the constructor does."""
         return cls(data.records.files, paths_of(data), data.plan.reading)
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """Places that each takes of a row, int32 ``[A]``; 0 of answers that are not read."""
-        return np.concatenate([part.lengths for part in self._parts])
 
     def row(self, numbers: Sequence[int]) -> ConversationRow:
         """Read mismatched answers, end to end."""

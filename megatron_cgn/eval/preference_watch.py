@@ -48,6 +48,7 @@ class PreferenceWatch:
         total_steps: int,
         beta: float | None = None,
         has_reference: bool = True,
+        per_token: bool = False,
         first_samples: Sequence[int] = (),
     ) -> None:
         """Say what the figures mean.
@@ -58,6 +59,8 @@ class PreferenceWatch:
             beta: Rewards are this times log-probabilities; None if they are a head's own values.
             has_reference: Whether these are of whole answers relative to a reference. If not, they
                 are of a mean token, and the first ones that are seen take the reference's place.
+            per_token: Whether the loss compares means of tokens; rewards relative to a reference
+                are of whole answers nevertheless.
             first_samples: Tokens of each answer to the fixed prompts before training, if this run
                 goes on from one that has asked them.
         """
@@ -65,6 +68,7 @@ class PreferenceWatch:
         self._total_steps = total_steps
         self._beta = beta
         self._has_reference = has_reference
+        self._margin_is_sum = has_reference and per_token
         self._recent: deque[StepReport] = deque()
         self._judged = 0
         self._right = 0.0
@@ -156,12 +160,15 @@ class PreferenceWatch:
         chosen, rejected = self._mean("rewards/chosen"), self._mean("rewards/rejected")
         if self._beta is not None and chosen is not None and rejected is not None:
             yield from self._of_fall(chosen, rejected, self._beta)
-        margin = self._mean(*_MARGIN)
+        margin, unit = self._mean(*_MARGIN), ""
+        if margin is not None and self._margin_is_sum:
+            tokens = (self._mean("lengths/chosen"), self._mean("lengths/rejected"))
+            margin, unit = margin / max(1.0, sum(n or 0.0 for n in tokens) / 2), " a token"
         if margin is not None and margin >= EXPLODED:
             yield (
                 "exploded",
-                f"the mean margin of rewards is {margin:.1f}: pairs are learned by heart. Stop "
-                "here or earlier, lower optim.lr, or read fewer epochs",
+                f"the mean margin of rewards is {margin:.1f}{unit}: pairs are learned by heart. "
+                "Stop here or earlier, lower optim.lr, or read fewer epochs",
             )
 
     def _of_fall(self, chosen: float, rejected: float, beta: float) -> Iterator[Finding]:

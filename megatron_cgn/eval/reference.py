@@ -243,7 +243,7 @@ class _Scoring:
         """Add up this rank's row. Of context-parallel ranks, which all have it, one counts."""
         mine = self.rows.mine(place)
         number = mine.stop - mine.start
-        counts = answer_sums(torch.ones_like(nll), batch, number).numpy()
+        counts = answer_sums(torch.ones_like(batch.loss_mask), batch, number).numpy()
         assert np.array_equal(counts, self._counted[self.rows.numbers[mine]])
         if self._engine.state.cp_rank == 0:
             self._values[mine] = -answer_sums(nll, batch, number)

@@ -278,18 +278,22 @@ class _Recorder:
 def _gathered(
     engine: Engine, recorder: _Recorder, numbers: Numbers, reference: npt.NDArray[np.float32]
 ) -> FirstStep:
-    """Put the answers of all data-parallel ranks together. Collective over dp."""
+    """Put the answers of all data-parallel ranks together. Collective over all ranks."""
     mine = (numbers, torch.cat(recorder.logps).numpy(), torch.cat(recorder.counted).numpy())
     group = engine.state.groups.dp
     parts = [mine] * group.size()
     dist.all_gather_object(parts, mine, group=group)
     all_numbers, policy, counted = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return FirstStep(
+    first = FirstStep(
         numbers=all_numbers,
         policy=policy,
         reference=reference[all_numbers].astype(np.float64),
         counted=counted,
     )
+    # Ranks that round differently must not decide differently: some would wait for the others.
+    agreed = [first]
+    dist.broadcast_object_list(agreed, src=0)
+    return agreed[0]
 
 
 def _fine(metrics: dict[str, float], first: FirstStep) -> str:

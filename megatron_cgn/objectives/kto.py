@@ -68,7 +68,8 @@ class Kto:
         """
         assert batch.desirable is not None and batch.ref_logps is not None
         assert batch.baseline is not None
-        options, baseline = self._options, batch.baseline.detach()
+        # Made on the model's device, and asked for on the CPU where held-out answers are scored.
+        options, baseline = self._options, batch.baseline.detach().to(output.device)
         logps, lengths = answer_logps(output, batch), counted_lengths(batch)
         ratios = logps - batch.ref_logps
         logits = options.beta * (ratios - baseline)

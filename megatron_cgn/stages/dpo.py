@@ -186,6 +186,7 @@ def _watch(engine: Engine, loss: ResolvedLoss, tell: Callable[[str], None]) -> P
         total_steps=engine.total_steps,
         beta=loss.beta,
         has_reference=loss.needs_reference,
+        per_token=loss.per_token,
         first_samples=[record["num_tokens"] for record in before],
     )
 

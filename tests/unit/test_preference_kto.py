@@ -152,6 +152,13 @@ def test_rows_of_several_files_keep_to_their_file(world: World) -> None:
     assert len(both.lengths) == 16 and len(together.lengths) == 3
 
 
+def test_lengths_are_counted_once(world: World) -> None:
+    """They are asked for before every step, and there may be a million answers."""
+    path = world.write("once", records(4, seed=4))
+    mismatched = Mismatched([read(world, path)], [path], READING)
+    assert mismatched.lengths is mismatched.lengths
+
+
 def test_a_record_that_is_left_out_changes_the_partner_of_the_next_alone(world: World) -> None:
     given = records(6, seed=5)
     path = world.write("before", given)

@@ -10,7 +10,7 @@ import torch
 from loss_samples import make_batch, make_row
 from torch import Tensor
 
-from megatron_cgn.batch import PreferenceBatch
+from megatron_cgn.batch import PreferenceBatch, to_device
 from megatron_cgn.config.schema import LossConfig, PreferenceLoss
 from megatron_cgn.objectives.answers import answer_logps, counted_lengths
 from megatron_cgn.objectives.base import LossOutput, Objective
@@ -420,6 +420,17 @@ def test_baseline_of_kto_has_no_gradient_and_is_told() -> None:
     assert baseline.grad is None
     kl = result.metrics["kl"]
     assert float(kl.sum / kl.count) == pytest.approx(0.4)
+
+
+def test_baseline_of_kto_may_lie_on_another_device() -> None:
+    """Held-out rows are judged on the CPU, and the baseline is the model's, on its device."""
+    batch = make_batch([[1]] * 2, ref_logps=torch.zeros(2), desirable=torch.tensor([True, False]))
+    row = make_row(list(torch.tensor([[1.0], [2.0]])))
+    there = dataclasses.replace(
+        to_device(batch, torch.device("meta")), baseline=torch.tensor([0.4])
+    )
+    result = make_objective(LossConfig(type="kto")).loss(row.to("meta"), there)
+    assert result.loss_sum.is_meta
 
 
 def test_margins_of_kto_are_differences_of_means_by_source() -> None:

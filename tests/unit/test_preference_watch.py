@@ -87,6 +87,15 @@ def test_known_faults_are_told_once_with_step_and_figures(
         assert text in line, line
 
 
+def test_margins_of_losses_per_token_are_judged_per_token() -> None:
+    """Their rewards are sums over answers: IPO wants half a nat a token, times 95 tokens here."""
+    for margin, expected in ((0.5, 0), (EXPLODED + 1, 1)):
+        watch, told = _watched(per_token=True)
+        _run(watch, rewards_margins=95 * margin)
+        assert len(told) == expected, told
+    assert "margin of rewards is 11.0 a token" in told[0]
+
+
 def test_a_fall_of_one_side_alone_is_what_is_wanted() -> None:
     watch, told = _watched()
     _run(watch, rewards_chosen=0.5, rewards_rejected=-8.0)
