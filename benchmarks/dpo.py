@@ -119,7 +119,8 @@ def compare(
         except RuntimeError as error:
             print(error, file=sys.stderr, flush=True)
             for duel in duels:
-                duel.failure = duel.failure or str(error).split("\n", 1)[0]
+                if len(duel.theirs) < args.rounds:  # the one before may be over
+                    duel.failure = str(error).split("\n", 1)[0]
     return duels
 
 
