@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt tools/find_python.sh tools/set
 
 setup: $(STAMP) ## Make .venv and install everything into it
 
-quickstart: demo-model ## Train a real model on CPU and report what it learned (10 to 15 minutes)
+quickstart: demo-model ## Train a real model on CPU and report what it learned (about 15 minutes)
 	$(PY) tools/quickstart.py $(ARGS)
 
 test: demo-model ## Run the tests
